@@ -181,7 +181,7 @@ fn stop_ends_it_though_a_client_is_connected_and_a_successor_takes_the_listener(
     let first = spawn(listener.try_clone().unwrap(), Arc::new(Fake::default())).unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let endpoint = Endpoint::try_from(format!("unix:{}", socket.display())).unwrap();
-    let mut client = AdminClient::new(endpoint.connect_lazy());
+    let mut client = AdminClient::new(runtime.block_on(endpoint.connect()).unwrap());
     runtime.block_on(client.get_status(GetStatusRequest {})).unwrap();
     first.stop();
     let second = spawn(listener, Arc::new(Fake::default())).unwrap();
