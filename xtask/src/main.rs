@@ -1,2 +1,56 @@
-//! (being written)
-fn main() {}
+//! The project's chores: `cargo xtask ci | tidy | demo | install | c-example`.
+
+mod c_example;
+mod cargo;
+mod ci;
+mod demo;
+mod install;
+mod tidy;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+
+/// The project's chores.
+#[derive(Parser)]
+#[command(name = "cargo xtask", version)]
+enum Chore {
+    /// Everything that must hold before a change goes in, in order, up to the first failure.
+    Ci(ci::CiArgs),
+    /// The rules that no compiler checks.
+    Tidy,
+    /// Build the server and `nebdctl`, and run `nebdctl demo` with the given arguments.
+    Demo(demo::DemoArgs),
+    /// Install the library with its header and pkg-config file, and the programs.
+    Install(install::InstallArgs),
+    /// Install, compile the C example as a user would, and run it while its server is killed.
+    CExample(c_example::CExampleArgs),
+}
+
+fn main() -> ExitCode {
+    match run(Chore::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(chore: Chore) -> Result<()> {
+    match chore {
+        Chore::Ci(args) => ci::run(&args),
+        Chore::Tidy => tidy::run(&repo_root()),
+        Chore::Demo(args) => demo::run(&args),
+        Chore::Install(args) => install::run(&args).map(|_| ()),
+        Chore::CExample(args) => c_example::run(&args),
+    }
+}
+
+/// The workspace's directory: the parent of this crate's.
+fn repo_root() -> PathBuf {
+    let own = Path::new(env!("CARGO_MANIFEST_DIR"));
+    own.parent().unwrap_or(own).to_path_buf()
+}

@@ -1,0 +1,252 @@
+//! The C example, as a user of the installed library would build and run it: compiled from the
+//! installed header through pkg-config, shared and static, and run while its server is killed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::cargo::{self, Profile};
+use crate::install::{self, InstallArgs, Installed};
+
+/// A server that takes longer than this to begin or to come back is a failure.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Both ways of linking run, each for this share of the kills.
+const LINKINGS: [Linking; 2] = [Linking::Shared, Linking::Static];
+const STRICT: [&str; 5] = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-O2"];
+
+/// How long, and how rough.
+#[derive(Args)]
+pub struct CExampleArgs {
+    /// Seconds of verified IO for each way of linking.
+    #[arg(long, default_value_t = 5)]
+    pub seconds: u32,
+    /// SIGKILLs of the server meanwhile, for each way of linking.
+    #[arg(long, default_value_t = 5)]
+    pub kills: u32,
+    /// How to compile the library and the programs.
+    #[arg(long, value_enum, default_value = "dev")]
+    pub profile: Profile,
+    /// Compile only.
+    #[arg(long)]
+    pub no_run: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Linking {
+    Shared,
+    Static,
+}
+
+/// Installs, compiles, runs.
+pub fn run(args: &CExampleArgs) -> Result<()> {
+    let work_dir = cargo::target_dir()?.join("c-example");
+    let installed = install::run(&InstallArgs {
+        prefix: work_dir.join("prefix"),
+        destdir: None,
+        profile: args.profile,
+        library_only: args.no_run,
+        keep_debug: true,
+    })?;
+    check_header_as_cplusplus(&installed)?;
+    let programs = LINKINGS
+        .into_iter()
+        .map(|linking| Ok((linking, compile(linking, &installed, &work_dir)?)))
+        .collect::<Result<Vec<_>>>()?;
+    if args.no_run {
+        return Ok(());
+    }
+    let host = Host::start(&installed)?;
+    for (linking, program) in &programs {
+        println!("verified_io, linked {linking:?}, {} kills of its server:", args.kills);
+        let volume = format!("file:c-example-{linking:?}").to_lowercase();
+        host.nebdctl(&["volume", "create", &volume, "--size", "64MiB"])?;
+        run_under_kills(&host, program, &volume, &installed, args)?;
+    }
+    host.stop()
+}
+
+fn pkg_config(installed: &Installed, arguments: &[&str]) -> Result<Vec<String>> {
+    let text = cargo::output(
+        Command::new("pkg-config")
+            .env("PKG_CONFIG_PATH", &installed.pkgconfig_dir)
+            .args(arguments)
+            .arg("nebd"),
+    )?;
+    Ok(text.split_whitespace().map(str::to_owned).collect())
+}
+
+fn example_source() -> PathBuf {
+    crate::repo_root().join("examples/c/verified_io.c")
+}
+
+fn compile(linking: Linking, installed: &Installed, work_dir: &Path) -> Result<PathBuf> {
+    let program = work_dir.join(format!("verified_io-{linking:?}").to_lowercase());
+    let mut cc = Command::new("cc");
+    cc.args(STRICT).arg("-o").arg(&program).arg(example_source());
+    cc.args(pkg_config(installed, &["--cflags"])?);
+    match linking {
+        Linking::Shared => cc.args(pkg_config(installed, &["--libs"])?),
+        // The archive by name, for `-lnebd` would find the shared library beside it.
+        Linking::Static => {
+            let private = pkg_config(installed, &["--static", "--libs"])?;
+            cc.arg(installed.lib_dir.join("libnebd.a"))
+                .args(private.into_iter().filter(|word| word != "-lnebd"))
+        }
+    };
+    cargo::run(&mut cc)?;
+    Ok(program)
+}
+
+/// The header is also for C++, whose compiler is not on every machine.
+fn check_header_as_cplusplus(installed: &Installed) -> Result<()> {
+    if !cargo::is_installed("c++") {
+        println!("SKIPPED: nebd.h as C++, for there is no c++");
+        return Ok(());
+    }
+    let cflags = pkg_config(installed, &["--cflags"])?;
+    let mut cplusplus = Command::new("c++");
+    cplusplus.args(STRICT).args(["-fsyntax-only", "-x", "c++", "-include", "nebd.h"]);
+    cargo::run(cplusplus.args(cflags).arg("/dev/null"))
+}
+
+fn run_under_kills(
+    host: &Host,
+    program: &Path,
+    volume: &str,
+    installed: &Installed,
+    args: &CExampleArgs,
+) -> Result<()> {
+    let mut example = Command::new(program)
+        .args(["--seconds", &args.seconds.to_string(), volume])
+        .env("NEBD_SOCKET", &host.socket)
+        .env("LD_LIBRARY_PATH", &installed.lib_dir)
+        .spawn()
+        .with_context(|| program.display().to_string())?;
+    let pause = Duration::from_secs(args.seconds.into()) / (args.kills + 1);
+    let mut killed = 0;
+    for _ in 0..args.kills {
+        sleep(pause);
+        if example.try_wait()?.is_some() {
+            break;
+        }
+        host.kill_server()?;
+        killed += 1;
+    }
+    let limit = Duration::from_secs(args.seconds.into()) + PATIENCE;
+    let status = wait(&mut example, limit).context("verified_io hangs")?;
+    ensure!(status.success(), "verified_io: {status}");
+    ensure!(killed == args.kills, "verified_io ended after {killed} of {} kills", args.kills);
+    Ok(())
+}
+
+/// Waits for a child; kills it when it takes longer than `limit`.
+fn wait(child: &mut Child, limit: Duration) -> Result<ExitStatus> {
+    let deadline = Instant::now() + limit;
+    while Instant::now() < deadline {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status);
+        }
+        sleep(Duration::from_millis(20));
+    }
+    child.kill()?;
+    child.wait()?;
+    bail!("not done within {} s", limit.as_secs())
+}
+
+/// A keeper with its server, in a directory of its own.
+struct Host {
+    keeper: Child,
+    dir: PathBuf,
+    socket: PathBuf,
+    nebdctl: PathBuf,
+}
+
+impl Host {
+    fn start(installed: &Installed) -> Result<Host> {
+        let bin_dir = installed.bin_dir.as_ref().context("the programs were not installed")?;
+        // A socket's path may have 107 bytes, which a target directory can exceed.
+        let dir = std::env::temp_dir().join(format!("nebd-c-example-{}", std::process::id()));
+        fs::create_dir_all(&dir)?;
+        let (config, socket) = (dir.join("nebd.toml"), dir.join("nebd.sock"));
+        fs::write(&config, "log = \"warn\"\n")?;
+        let keeper = Command::new(bin_dir.join("nebd-server"))
+            .arg("keeper")
+            .arg("--config")
+            .arg(&config)
+            .arg("--socket")
+            .arg(&socket)
+            .arg("--state-dir")
+            .arg(dir.join("state"))
+            .stdin(Stdio::null())
+            .spawn()
+            .context("nebd-server keeper")?;
+        let nebdctl = bin_dir.join("nebdctl");
+        let mut host = Host { keeper, dir, socket, nebdctl };
+        host.wait_until_serving()?;
+        Ok(host)
+    }
+
+    fn wait_until_serving(&mut self) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            if let Some(status) = self.keeper.try_wait()? {
+                bail!("the keeper ended: {status}");
+            }
+            if self.server_pid().is_some() && self.socket.exists() {
+                return Ok(());
+            }
+            sleep(Duration::from_millis(20));
+        }
+        bail!("no server within {} s", PATIENCE.as_secs())
+    }
+
+    fn nebdctl(&self, arguments: &[&str]) -> Result<()> {
+        cargo::run(Command::new(&self.nebdctl).arg("--socket").arg(&self.socket).args(arguments))
+    }
+
+    fn server_pid(&self) -> Option<Pid> {
+        let text = fs::read_to_string(self.dir.join("state/server.pid")).ok()?;
+        Pid::from_raw(text.trim().parse().ok()?)
+    }
+
+    /// Kills the serving server, and waits until the keeper names another.
+    fn kill_server(&self) -> Result<()> {
+        let victim = self.server_pid().context("there is no server to kill")?;
+        kill_process(victim, Signal::KILL).context("killing the server")?;
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            if self.server_pid().is_some_and(|pid| pid != victim) {
+                return Ok(());
+            }
+            sleep(Duration::from_millis(5));
+        }
+        bail!("no new server within {} s", PATIENCE.as_secs())
+    }
+
+    fn stop(mut self) -> Result<()> {
+        self.terminate()
+    }
+
+    fn terminate(&mut self) -> Result<()> {
+        if self.keeper.try_wait()?.is_none() {
+            kill_process(Pid::from_child(&self.keeper), Signal::TERM)?;
+            wait(&mut self.keeper, PATIENCE).context("the keeper does not stop")?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if let Err(error) = self.terminate() {
+            eprintln!("xtask: {error:#}");
+        }
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}

@@ -1,0 +1,276 @@
+//! `cargo xtask ci`: the steps in order, up to the first failure.
+//!
+//! The output of each passes through untouched. What cannot run on a machine says `SKIPPED` and
+//! why, and says it again at the end.
+
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+
+use crate::c_example::{self, CExampleArgs};
+use crate::cargo::{self, Profile, cargo, cargo_nightly};
+
+/// Which steps.
+#[derive(Args)]
+pub struct CiArgs {
+    /// Run only these steps.
+    #[arg(long, value_name = "STEP")]
+    only: Vec<String>,
+    /// Leave these steps out.
+    #[arg(long, value_name = "STEP")]
+    skip: Vec<String>,
+    /// Print the names of the steps.
+    #[arg(long)]
+    list: bool,
+    /// Seconds for each fuzz target.
+    #[arg(long, default_value_t = 20)]
+    fuzz_seconds: u32,
+}
+
+/// Whether a step ran.
+enum Ran {
+    Yes,
+    No(String),
+}
+
+struct Step {
+    name: &'static str,
+    run: fn(&CiArgs) -> Result<Ran>,
+}
+
+const fn step(name: &'static str, run: fn(&CiArgs) -> Result<Ran>) -> Step {
+    Step { name, run }
+}
+
+/// The cheap ones first; those that need another toolchain or target directory last.
+const STEPS: [Step; 12] = [
+    step("packages", packages),
+    step("fmt", fmt),
+    step("tidy", tidy),
+    step("clippy", clippy),
+    step("clippy-test-hooks", clippy_test_hooks),
+    step("test", test),
+    step("crash-tests", crash_tests),
+    step("c-example", c_example),
+    step("loom", loom),
+    step("address-sanitizer", address_sanitizer),
+    step("fuzz", fuzz),
+    step("docs", docs),
+];
+
+/// What tests run, and the Debian package that has it.
+const PACKAGES: [(&str, &str); 6] = [
+    ("cc", "gcc"),
+    ("c++", "g++"),
+    ("readelf", "binutils"),
+    ("pkg-config", "pkg-config"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("strace", "strace"),
+];
+
+/// Runs the chosen steps; fails with the name of the one that failed.
+pub fn run(args: &CiArgs) -> Result<()> {
+    for name in args.only.iter().chain(&args.skip) {
+        if !STEPS.iter().any(|step| step.name == name) {
+            bail!("there is no step {name}; --list prints them");
+        }
+    }
+    if args.list {
+        STEPS.iter().for_each(|step| println!("{}", step.name));
+        return Ok(());
+    }
+    let is_chosen = |name: &str| {
+        let named = |names: &[String]| names.iter().any(|other| other == name);
+        (args.only.is_empty() || named(&args.only)) && !named(&args.skip)
+    };
+    let chosen: Vec<&Step> = STEPS.iter().filter(|step| is_chosen(step.name)).collect();
+
+    let begin = Instant::now();
+    let mut skipped = Vec::new();
+    for (index, step) in chosen.iter().enumerate() {
+        banner(&format!("{}/{} {}", index + 1, chosen.len(), step.name));
+        let step_begin = Instant::now();
+        let ran = (step.run)(args).with_context(|| format!("ci step {} failed", step.name))?;
+        if let Ran::No(why) = ran {
+            println!("SKIPPED {}: {why}", step.name);
+            skipped.push(format!("{}: {why}", step.name));
+        }
+        println!("[{}: {:.1} s]", step.name, step_begin.elapsed().as_secs_f64());
+    }
+    let total = begin.elapsed().as_secs();
+    banner(&format!("passed in {} min {} s", total / 60, total % 60));
+    skipped.iter().for_each(|what| println!("SKIPPED {what}"));
+    Ok(())
+}
+
+fn banner(text: &str) {
+    println!("\n==== {text} {}", "=".repeat(72_usize.saturating_sub(text.len())));
+}
+
+/// Installs Debian packages and toolchain components that are missing.
+fn packages(_: &CiArgs) -> Result<Ran> {
+    for (subcommand, component) in [("fmt", "rustfmt"), ("clippy", "clippy")] {
+        let probe = cargo().args([subcommand, "--version"]).output()?;
+        if !probe.status.success() {
+            cargo::run(Command::new("rustup").args(["component", "add", component]))?;
+        }
+    }
+    let missing: Vec<&str> = PACKAGES
+        .iter()
+        .filter(|(program, _)| !is_on_machine(program))
+        .map(|(_, package)| *package)
+        .collect();
+    if missing.is_empty() {
+        return Ok(Ran::Yes);
+    }
+    if !cargo::is_installed("apt-get") || !rustix::process::geteuid().is_root() {
+        return Ok(Ran::No(format!("no root with apt-get to install {}", missing.join(", "))));
+    }
+    let apt = || {
+        let mut command = Command::new("apt-get");
+        command.env("DEBIAN_FRONTEND", "noninteractive");
+        command
+    };
+    let install = || {
+        let mut command = apt();
+        command.args(["install", "-y", "--no-install-recommends"]).args(&missing);
+        command
+    };
+    // The lists of a fresh image are empty, those of an old one stale.
+    if cargo::run(&mut install()).is_err() {
+        cargo::run(apt().arg("update"))?;
+        cargo::run(&mut install())?;
+    }
+    Ok(Ran::Yes)
+}
+
+/// File-system tools stand in sbin, which is not on every path.
+fn is_on_machine(program: &str) -> bool {
+    let in_sbin =
+        ["/sbin", "/usr/sbin"].iter().any(|dir| std::path::Path::new(dir).join(program).is_file());
+    in_sbin || cargo::is_installed(program)
+}
+
+fn fmt(_: &CiArgs) -> Result<Ran> {
+    cargo::run(cargo().args(["fmt", "--all", "--check"]))?;
+    Ok(Ran::Yes)
+}
+
+fn tidy(_: &CiArgs) -> Result<Ran> {
+    crate::tidy::run(&crate::repo_root())?;
+    Ok(Ran::Yes)
+}
+
+fn clippy(_: &CiArgs) -> Result<Ran> {
+    cargo::run(
+        cargo()
+            .args(["clippy", "--locked", "--workspace", "--all-targets"])
+            .args(["--", "-D", "warnings"]),
+    )?;
+    Ok(Ran::Yes)
+}
+
+fn clippy_test_hooks(_: &CiArgs) -> Result<Ran> {
+    cargo::run(cargo().args(["clippy", "--locked", "--workspace", "--all-targets"]).args([
+        "--features",
+        "test-hooks",
+        "--",
+        "-D",
+        "warnings",
+    ]))?;
+    Ok(Ran::Yes)
+}
+
+fn test(_: &CiArgs) -> Result<Ran> {
+    // The programs first: tests of other crates start them.
+    cargo::run(cargo().args(["build", "--locked", "-p", "nebd-server", "-p", "nebdctl"]))?;
+    cargo::run(cargo().args(["test", "--locked", "--workspace"]))?;
+    Ok(Ran::Yes)
+}
+
+/// The same tree with failpoints and the fence-test backend, in a directory of its own, so that no
+/// program with failpoints is ever found where a release is expected.
+fn crash_tests(_: &CiArgs) -> Result<Ran> {
+    let target = cargo::target_dir()?.join("test-hooks");
+    let hooked = |arguments: &[&str]| {
+        let mut command = cargo();
+        command.env("CARGO_TARGET_DIR", &target).args(arguments);
+        command.args(["--locked", "--features", "test-hooks"]);
+        command
+    };
+    cargo::run(&mut hooked(&["build", "-p", "nebd-server", "-p", "nebd-upgrade-tests"]))?;
+    cargo::run(&mut hooked(&["test", "-p", "nebd-upgrade-tests"]))?;
+    Ok(Ran::Yes)
+}
+
+fn c_example(_: &CiArgs) -> Result<Ran> {
+    c_example::run(&CExampleArgs { seconds: 5, kills: 5, profile: Profile::Dev, no_run: false })?;
+    Ok(Ran::Yes)
+}
+
+fn loom(_: &CiArgs) -> Result<Ran> {
+    let target = cargo::target_dir()?.join("loom");
+    cargo::run(cargo().env("RUSTFLAGS", "--cfg loom").env("CARGO_TARGET_DIR", target).args([
+        "test",
+        "--locked",
+        "-p",
+        "nebd-abi",
+        "--release",
+        "--test",
+        "loom",
+    ]))?;
+    Ok(Ran::Yes)
+}
+
+fn has_nightly() -> bool {
+    cargo_nightly().arg("--version").output().is_ok_and(|output| output.status.success())
+}
+
+fn address_sanitizer(_: &CiArgs) -> Result<Ran> {
+    if !has_nightly() {
+        return Ok(Ran::No("no nightly toolchain".into()));
+    }
+    let target = cargo::target_dir()?.join("address-sanitizer");
+    // With --target the flag does not reach build scripts and macros, which would not load.
+    let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+    cargo::run(
+        cargo_nightly()
+            .env("RUSTFLAGS", "-Zsanitizer=address")
+            .env("CARGO_TARGET_DIR", target)
+            .args(["test", "--locked", "-p", "nebd-abi", "--lib", "--target", &triple]),
+    )?;
+    Ok(Ran::Yes)
+}
+
+/// Each fuzz target for a bounded time, from its corpus if there is one.
+fn fuzz(args: &CiArgs) -> Result<Ran> {
+    if !crate::repo_root().join("fuzz/Cargo.toml").is_file() {
+        return Ok(Ran::No("there is no fuzz directory".into()));
+    }
+    if !has_nightly() {
+        return Ok(Ran::No("no nightly toolchain".into()));
+    }
+    if !cargo::is_installed("cargo-fuzz") {
+        cargo::run(cargo().args(["install", "cargo-fuzz", "--locked"]))?;
+    }
+    let targets = cargo::output(cargo_nightly().args(["fuzz", "list"]))?;
+    for target in targets.lines() {
+        let limit = format!("-max_total_time={}", args.fuzz_seconds);
+        cargo::run(cargo_nightly().args(["fuzz", "run", target, "--", &limit]))?;
+    }
+    Ok(Ran::Yes)
+}
+
+/// Links in the documentation that lead nowhere.
+fn docs(_: &CiArgs) -> Result<Ran> {
+    cargo::run(cargo().env("RUSTDOCFLAGS", "-D warnings").args([
+        "doc",
+        "--locked",
+        "--workspace",
+        "--no-deps",
+        "--document-private-items",
+    ]))?;
+    Ok(Ran::Yes)
+}
