@@ -1,0 +1,5 @@
+//! The keeper process.
+
+mod config;
+
+pub use config::{KeeperConfig, KeeperError};
