@@ -275,3 +275,26 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<D
     }
     Ok(datagram)
 }
+
+/// The wait status of a process that is not our child, from its pidfd (Linux 6.15 and later, once
+/// its parent has reaped it).
+pub(crate) fn end_of_stranger(pidfd: BorrowedFd<'_>) -> Option<i32> {
+    /// The first version of the kernel's `struct pidfd_info`.
+    #[repr(C)]
+    #[derive(Default)]
+    struct PidfdInfo {
+        mask: u64,
+        cgroup: u64,
+        ids: [u32; 11],
+        exit_code: i32,
+    }
+    const PIDFD_INFO_EXIT: u64 = 1 << 3;
+    /// `_IOWR(0xff, 11, struct pidfd_info)`.
+    const PIDFD_GET_INFO: libc::c_ulong = (3 << 30) | (64 << 16) | (0xff << 8) | 11;
+    const _: () = assert!(size_of::<PidfdInfo>() == 64);
+
+    let mut info = PidfdInfo { mask: PIDFD_INFO_EXIT, ..PidfdInfo::default() };
+    // SAFETY: the request's number says how long the structure is; the kernel writes no more.
+    let result = unsafe { libc::ioctl(pidfd.as_raw_fd(), PIDFD_GET_INFO as _, &mut info) };
+    (result == 0 && info.mask & PIDFD_INFO_EXIT != 0).then_some(info.exit_code)
+}

@@ -1,0 +1,472 @@
+//! The keeper's state, and what changes it.
+//!
+//! ```text
+//!   cold ──READY──► serving ──dies──► drain datagrams ─► record the cause ─► successor
+//!    ▲  │             │  ▲                                                    │
+//!    │  dies          │  └────READY── activated ◄── ACTIVATE ── standby ◄─────┤ if there is one
+//!    │  ▼             │                   │ dies                              │
+//!    └ backoff        └─► new standby     └─────────────────► cold ◄──────────┘ else, at once
+//! ```
+
+use std::os::fd::OwnedFd;
+use std::time::Instant;
+
+use nebd_abi::host::HostPage;
+use rustix::process::Signal;
+
+use super::backoff::Backoff;
+use super::config::{KeeperConfig, KeeperError};
+use super::events::{Events, Token};
+use super::files::{self, Record, Role};
+use super::mailbox::{Change, Mailbox, Notification, answer};
+use super::process::{End, Process};
+use super::sockets::Sockets;
+use super::store::Store;
+use super::stream::Stream;
+use super::watch::{Verdict, Watch};
+use crate::notify::Notifier;
+
+/// The process that serves, or is to.
+#[derive(Debug)]
+pub(super) struct Server {
+    pub(super) process: Process,
+    pub(super) ready: bool,
+    /// When it is given up if it is not ready.
+    pub(super) deadline: Instant,
+    /// It was the standby: what remains to be sent, up to ACTIVATE.
+    pub(super) stream: Option<Stream>,
+    pub(super) was_standby: bool,
+}
+
+/// The process that stands by.
+#[derive(Debug)]
+pub(super) struct Standby {
+    pub(super) process: Process,
+    pub(super) stream: Stream,
+}
+
+/// The end has been asked for.
+#[derive(Debug)]
+pub(super) struct Stopping {
+    /// When patience ends; `None` once it has.
+    pub(super) deadline: Option<Instant>,
+}
+
+/// Everything a keeper holds.
+pub(super) struct Supervisor {
+    pub(super) config: KeeperConfig,
+    pub(super) lock: OwnedFd,
+    pub(super) events: Events,
+    pub(super) mailbox: Mailbox,
+    pub(super) sockets: Sockets,
+    pub(super) page: HostPage,
+    pub(super) probe: OwnedFd,
+    pub(super) life_read: OwnedFd,
+    /// Held, never written to: their end is how servers learn of ours.
+    pub(super) life: Vec<OwnedFd>,
+    pub(super) store: Store,
+    pub(super) serving: Option<Server>,
+    pub(super) standby: Option<Standby>,
+    /// Handed over to another server and about to exit.
+    pub(super) retired: Vec<Process>,
+    pub(super) predecessor: Option<OwnedFd>,
+    pub(super) backoff: Backoff,
+    pub(super) standby_backoff: Backoff,
+    pub(super) start_at: Option<Instant>,
+    pub(super) standby_at: Option<Instant>,
+    pub(super) watch: Watch,
+    pub(super) stopping: Option<Stopping>,
+    /// The keeper is to replace itself; when a standby that is in the way is given up.
+    pub(super) replace_by: Option<Instant>,
+    /// The service manager above, if any.
+    pub(super) superior: Option<Notifier>,
+}
+
+impl Supervisor {
+    /// Until everything is stopped.
+    pub(super) fn run(&mut self) -> Result<(), KeeperError> {
+        loop {
+            let now = Instant::now();
+            self.tick(now);
+            if self.stopping.is_some() && self.processes().next().is_none() {
+                return Ok(());
+            }
+            if self.replace_by.is_some() && self.is_quiet() {
+                self.replace_by = None;
+                self.replace_self();
+            }
+            let timeout = self.deadline().map(|d| d.saturating_duration_since(Instant::now()));
+            for token in self.events.wait(timeout)? {
+                self.apply(token, Instant::now());
+            }
+        }
+    }
+
+    fn apply(&mut self, token: Token, now: Instant) {
+        match token {
+            Token::Signals => self.on_signals(now),
+            Token::Mailbox => self.drain_mailbox(now),
+            Token::Knock => self.on_doubt(now),
+            Token::Stream => self.flush_streams(),
+            Token::Process(pid) => self.on_exit(pid, now),
+        }
+    }
+
+    pub(super) fn processes(&self) -> impl Iterator<Item = &Process> {
+        let serving = self.serving.iter().map(|s| &s.process);
+        serving.chain(self.standby.iter().map(|s| &s.process)).chain(&self.retired)
+    }
+
+    /// The earliest time at which [`tick`](Self::tick) has something to do.
+    fn deadline(&self) -> Option<Instant> {
+        let starting = self.serving.as_ref().filter(|s| !s.ready && !s.process.by_watchdog);
+        [
+            self.start_at,
+            self.standby_at,
+            starting.map(|s| s.deadline),
+            self.watch.deadline(),
+            self.stopping.as_ref().and_then(|s| s.deadline),
+            self.replace_by,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    fn tick(&mut self, now: Instant) {
+        let due = |at: &mut Option<Instant>| at.take_if(|at| *at <= now).is_some();
+        if due(&mut self.start_at) {
+            self.start_server(now);
+        }
+        if due(&mut self.standby_at) {
+            self.start_standby(now);
+        }
+        let late = |s: &&mut Server| !s.ready && !s.process.by_watchdog && s.deadline <= now;
+        if let Some(server) = self.serving.as_mut().filter(late) {
+            tracing::error!(pid = server.process.pid, "the server does not get ready; killed");
+            server.process.by_watchdog = true;
+            server.process.signal(Signal::KILL);
+        }
+        self.check_watch(now);
+        if self.stopping.as_mut().is_some_and(|s| due(&mut s.deadline)) {
+            tracing::warn!("the servers do not stop; killed");
+            self.processes().for_each(|p| p.signal(Signal::KILL));
+        }
+        if due(&mut self.replace_by) && !self.is_quiet() {
+            tracing::warn!("the standby does not read; killed, so that the keeper can be replaced");
+            self.standby.iter().for_each(|s| s.process.signal(Signal::KILL));
+            self.replace_by = Some(now + self.config.hang_timeout);
+        }
+    }
+
+    /// Nothing is on its way to a standby, so that nothing of it is lost over exec.
+    fn is_quiet(&self) -> bool {
+        self.standby.as_ref().is_none_or(|s| s.stream.is_empty())
+            && self.serving.as_ref().is_none_or(|s| s.stream.is_none())
+    }
+
+    fn check_watch(&mut self, now: Instant) {
+        let page = &self.page;
+        match self.watch.expire(now, |ping| page.silent_probes(ping)) {
+            Verdict::Fine => {}
+            Verdict::PingAgain => self.on_doubt(now),
+            Verdict::Hung => {
+                if let Some(server) = &mut self.serving {
+                    tracing::error!(pid = server.process.pid, "the server hangs; killed");
+                    server.process.by_watchdog = true;
+                    server.process.signal(Signal::KILL);
+                }
+            }
+        }
+    }
+
+    /// A knock at the socket, or a stop: does the server live?
+    fn on_doubt(&mut self, now: Instant) {
+        let watched = self.serving.as_ref().is_some_and(|s| s.ready && !s.process.by_watchdog);
+        if watched && self.watch.knock() {
+            let ping = self.page.ping();
+            // A full counter has not been read for long; the silence will show.
+            let _full = rustix::io::write(&self.probe, &1_u64.to_ne_bytes());
+            self.watch.pinged(ping, now);
+        }
+    }
+
+    fn on_signals(&mut self, now: Instant) {
+        for signal in self.events.signals() {
+            match signal {
+                libc::SIGCHLD => self.on_stop_reports(now),
+                libc::SIGHUP if self.stopping.is_none() => {
+                    self.replace_by = Some(now + self.config.hang_timeout);
+                }
+                libc::SIGHUP => {}
+                _ => self.on_stop_request(now),
+            }
+        }
+    }
+
+    pub(super) fn on_stop_reports(&mut self, now: Instant) {
+        let report = self.serving.as_ref().and_then(|s| s.process.stop_report());
+        if let Some(stopped) = report {
+            self.watch.set_stopped(stopped);
+            if stopped {
+                tracing::warn!("the server was stopped by a signal");
+                self.on_doubt(now);
+            }
+        }
+        if let Some(standby) = &self.standby
+            && standby.process.stop_report() == Some(true)
+        {
+            tracing::warn!(pid = standby.process.pid, "the standby was stopped; killed");
+            standby.process.signal(Signal::KILL);
+        }
+    }
+
+    fn on_stop_request(&mut self, now: Instant) {
+        self.start_at = None;
+        self.standby_at = None;
+        self.replace_by = None;
+        let first = self.stopping.is_none();
+        let deadline = if first { now + self.config.stop_timeout } else { now };
+        self.stopping = Some(Stopping { deadline: Some(deadline) });
+        if first {
+            tracing::info!("stopping");
+            if let Some(superior) = &self.superior {
+                superior.stopping();
+            }
+            self.processes().for_each(|p| p.signal(Signal::TERM));
+            // A stopped process would not even see it.
+            self.processes().for_each(|p| p.signal(Signal::CONT));
+        }
+    }
+
+    /// Works through what has been sent so far, in order.
+    fn drain_mailbox(&mut self, now: Instant) {
+        loop {
+            match self.mailbox.receive() {
+                Ok(Some(notification)) => self.on_notification(notification, now),
+                Ok(None) => return,
+                Err(error) => {
+                    tracing::error!(%error, "notifications cannot be received");
+                    return;
+                }
+            }
+        }
+    }
+
+    fn on_notification(&mut self, note: Notification, now: Instant) {
+        let is_standby = self.standby.as_ref().is_some_and(|s| s.process.pid == note.pid);
+        let is_serving = self.serving.as_ref().is_some_and(|s| s.process.pid == note.pid);
+        if !is_standby && !is_serving {
+            tracing::warn!(pid = note.pid, "a notification of a stranger is ignored");
+            return;
+        }
+        if let Some(status) = note.status {
+            tracing::info!(pid = note.pid, status, "status");
+        }
+        if is_serving {
+            if let Some(change) = note.change {
+                self.on_change(change);
+            }
+            if note.ready {
+                self.on_ready(now);
+            }
+            if let Some(pid) = note.main_pid {
+                self.on_main_pid(pid);
+            }
+            if note.stopping {
+                tracing::info!(pid = note.pid, "the server stops");
+            }
+        }
+        note.barrier.map(answer);
+    }
+
+    fn on_change(&mut self, change: Change) {
+        match change {
+            Change::Store(name, fd) => match self.store.insert(&name, fd) {
+                Some(fd) => {
+                    if let Some(standby) = &mut self.standby {
+                        standby.stream.store(&name, &fd);
+                    }
+                }
+                None => tracing::error!(name, count = self.store.len(), "the store is full"),
+            },
+            Change::Remove(name) => {
+                if self.store.remove(&name)
+                    && let Some(standby) = &mut self.standby
+                {
+                    standby.stream.remove(&name);
+                }
+            }
+            // A server that registers twice; the rest of what it sends we hold.
+            Change::Register(name, fd) if name == crate::names::LIFE => self.life.push(fd),
+            Change::Register(..) => {}
+        }
+        self.flush_streams();
+    }
+
+    fn on_ready(&mut self, now: Instant) {
+        let Some(server) = self.serving.as_mut().filter(|s| !s.ready) else { return };
+        if server.stream.is_some() {
+            tracing::warn!("a standby said that it serves before it was told to; ignored");
+            return;
+        }
+        server.ready = true;
+        tracing::info!(pid = server.process.pid, "serving");
+        self.backoff.succeeded();
+        if !server.was_standby {
+            self.write_server_pid();
+        }
+        self.write_children();
+        if let Some(superior) = &self.superior {
+            superior.ready();
+        }
+        if self.config.standby && self.standby.is_none() && self.stopping.is_none() {
+            self.standby_at = Some(now);
+        }
+    }
+
+    /// A planned handover: the sender has relinquished to this process.
+    fn on_main_pid(&mut self, pid: i32) {
+        let Some(server) = &mut self.serving else { return };
+        if server.process.pid == pid {
+            return;
+        }
+        let Some(process) = Process::open(pid, None) else {
+            tracing::error!(pid, "the server hands over to a process that does not exist");
+            return;
+        };
+        if let Err(error) = self.events.add_process(&process) {
+            tracing::error!(pid, %error, "the new server cannot be watched");
+            return;
+        }
+        tracing::info!(from = server.process.pid, to = pid, "handed over");
+        self.retired.push(std::mem::replace(&mut server.process, process));
+        self.watch = Watch::new(self.config.hang_timeout);
+        self.write_server_pid();
+        self.write_children();
+    }
+
+    /// Sends what there is room for; afterwards an activated standby is a server like any other.
+    pub(super) fn flush_streams(&mut self) {
+        if let Some(standby) = &mut self.standby
+            && let Err(error) = self.events.flush(&mut standby.stream)
+        {
+            tracing::error!(pid = standby.process.pid, %error, "the standby is lost; killed");
+            standby.process.signal(Signal::KILL);
+        }
+        let Some(server) = &mut self.serving else { return };
+        let Some(stream) = &mut server.stream else { return };
+        if let Err(error) = self.events.flush(stream) {
+            tracing::error!(pid = server.process.pid, %error, "the standby is lost; killed");
+            server.process.signal(Signal::KILL);
+        } else if stream.is_empty() {
+            server.stream = None;
+            self.write_server_pid();
+            self.write_children();
+        }
+    }
+
+    fn on_exit(&mut self, pid: i32, now: Instant) {
+        let Some(end) = self.processes().find(|p| p.pid == pid).and_then(Process::end) else {
+            return;
+        };
+        // Whatever it sent before it died counts, and is known before anybody follows it.
+        self.drain_mailbox(now);
+        tracing::warn!(pid, cause = ?end.cause, status = end.status, signal = end.signal, "ended");
+        if let Some(server) = self.serving.take_if(|s| s.process.pid == pid) {
+            self.on_server_end(server, end, now);
+        } else if let Some(standby) = self.standby.take_if(|s| s.process.pid == pid) {
+            self.events.remove(&standby.process.pidfd);
+            self.events.remove(&standby.stream);
+            if self.stopping.is_none() {
+                self.standby_at = Some(now + self.standby_backoff.failed());
+            }
+        } else if let Some(index) = self.retired.iter().position(|p| p.pid == pid) {
+            self.events.remove(&self.retired.swap_remove(index).pidfd);
+        }
+        if self.stopping.is_none() {
+            self.write_children();
+        }
+    }
+
+    fn on_server_end(&mut self, server: Server, end: End, now: Instant) {
+        // A server that never claimed the generation has no death of its own to tell.
+        if self.page.death_of(self.page.generation()) == nebd_abi::host::DeathCause::Unknown {
+            self.page.record_death(end.cause);
+        }
+        self.events.remove(&server.process.pidfd);
+        if let Some(stream) = &server.stream {
+            self.events.remove(stream);
+        }
+        self.predecessor = Some(server.process.pidfd);
+        self.watch = Watch::new(self.config.hang_timeout);
+        self.standby_at = None;
+        if self.stopping.is_some() {
+            return;
+        }
+        if let Some(standby) = self.standby.take() {
+            self.activate(standby, now);
+        } else if server.ready || server.was_standby {
+            self.start_server(now);
+        } else {
+            let delay = self.backoff.failed();
+            let failures = self.backoff.failures();
+            tracing::error!(failures, ?delay, "the server died before it served");
+            self.start_at = Some(now + delay);
+        }
+    }
+
+    fn activate(&mut self, standby: Standby, now: Instant) {
+        let Standby { process, mut stream } = standby;
+        self.standby_backoff.succeeded();
+        stream.activate();
+        self.serving = Some(Server {
+            process,
+            ready: false,
+            deadline: now + self.config.hang_timeout,
+            stream: Some(stream),
+            was_standby: true,
+        });
+        self.flush_streams();
+    }
+
+    pub(super) fn write_server_pid(&self) {
+        if let Some(server) = &self.serving {
+            let contents = format!("{}\n", server.process.pid);
+            self.written(files::write(&self.config.state_dir, files::SERVER_PID, &contents));
+        }
+    }
+
+    pub(super) fn write_children(&self) {
+        self.write_children_with(None);
+    }
+
+    /// Also with one that is about to start.
+    pub(super) fn write_children_with(&self, starting: Option<&Process>) {
+        let serving = self.serving.as_ref().filter(|s| s.ready).map(|s| s.process.pid);
+        let record = |p: &Process| {
+            let role = if serving == Some(p.pid) { Role::Serving } else { Role::Other };
+            Record { role, pid: p.pid, start: p.start }
+        };
+        let records: Vec<Record> = self.processes().chain(starting).map(record).collect();
+        self.written(files::write_children(&self.config.state_dir, &records));
+    }
+
+    /// A full disk must not stop a restart; the files are for people and for the next keeper.
+    fn written(&self, result: Result<(), KeeperError>) {
+        if let Err(error) = result {
+            let source = std::error::Error::source(&error).map(ToString::to_string);
+            tracing::error!(%error, source, "the state directory is not up to date");
+        }
+    }
+
+    /// Removes what was made for clients and scripts to find.
+    pub(super) fn clean_up(&self) {
+        files::remove(&self.config.socket);
+        files::remove(&self.config.admin_socket);
+        files::remove(&self.config.notify_socket());
+        for name in [files::SERVER_PID, files::KEEPER_PID, files::CHILDREN] {
+            files::remove(&self.config.state_dir.join(name));
+        }
+    }
+}
