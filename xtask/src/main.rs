@@ -49,8 +49,11 @@ fn run(chore: Chore) -> Result<()> {
     }
 }
 
-/// The workspace's directory: the parent of this crate's.
+/// The workspace's directory: the parent of this crate's. `cargo run` says where that is now; two
+/// checkouts that share a target directory may share this program.
 fn repo_root() -> PathBuf {
-    let own = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let own =
+        std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    let own = Path::new(&own);
     own.parent().unwrap_or(own).to_path_buf()
 }
