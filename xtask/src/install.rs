@@ -1,15 +1,19 @@
 //! `cargo xtask install`: what a C program needs to link the part client, and the programs.
 //!
 //! ```text
-//!  cargo rustc ──► libnebd.a ──┬─────────────────────────────────► lib/libnebd.a
-//!                              └─ cc -shared, version script ────► lib/libnebd.so.0 ◄─ libnebd.so
+//!  cargo rustc ──► archive ── ld -r, objcopy ──► one object with nebd_* symbols alone
+//!                                                ├─ ar ──────────► lib/libnebd.a
+//!                                                └─ cc -shared, version script
+//!                                                   └────────────► lib/libnebd.so.0 ◄─ libnebd.so
 //!  nebd.h ───────────────────────────────────────────────────────► include/nebd.h
 //!  nebd.pc.in + what rustc says it needs ────────────────────────► lib/pkgconfig/nebd.pc
 //!  nebd-server, nebdctl ──► bin/, man pages and completions by nebdctl itself
 //! ```
 //!
 //! The shared library is linked here and not by rustc, whose own version script has no named
-//! versions and cannot be combined with one that has.
+//! versions and cannot be combined with one that has. rustc's archive exports all of Rust's
+//! standard library and carries its bitcode: two such archives do not link into one program, and
+//! it is 25 times the size.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -84,11 +88,17 @@ fn install_library(args: &InstallArgs, root: &Path, prefix: &Path) -> Result<Ins
     let lib_dir = root.join("lib");
     let pkgconfig_dir = lib_dir.join("pkgconfig");
 
-    place(&header, &root.join("include/nebd.h"), 0o644)?;
-    place(&archive, &lib_dir.join("libnebd.a"), 0o644)?;
+    let header_text = fs::read_to_string(&header).context("nebd.h")?;
+    let object = archive.with_file_name("libnebd.o");
+    combine(&archive, &functions_in_header(&header_text), args.keep_debug, &object)?;
+    let static_library = archive.with_file_name("libnebd.installed.a");
+    let _ = fs::remove_file(&static_library);
+    cargo::output(Command::new("ar").arg("rcs").args([&static_library, &object]))?;
     let shared = archive.with_file_name(SONAME);
-    link_shared(&archive, &capi.join("nebd.map"), &shared)?;
-    let unstripped = fs::metadata(&shared)?.len();
+    link_shared(&object, &capi.join("nebd.map"), &shared)?;
+
+    place(&header, &root.join("include/nebd.h"), 0o644)?;
+    place(&static_library, &lib_dir.join("libnebd.a"), 0o644)?;
     if !args.keep_debug {
         cargo::output(Command::new("strip").arg("--strip-unneeded").arg(&shared))?;
     }
@@ -103,19 +113,42 @@ fn install_library(args: &InstallArgs, root: &Path, prefix: &Path) -> Result<Ins
         .replace("@LIBS_PRIVATE@", &built.native_static_libs()?);
     write(&pkgconfig_dir.join("nebd.pc"), text.as_bytes(), 0o644)?;
 
-    let functions = check_shared(&installed, &fs::read_to_string(&header)?)?;
-    println!(
-        "{SONAME}: {functions} functions at {VERSION_NODE}, {} KiB ({} KiB with debug info)",
-        fs::metadata(&installed)?.len() / 1024,
-        unstripped / 1024,
-    );
+    let functions = check_shared(&installed, &header_text)?;
+    for (file, what) in [(installed, SONAME), (lib_dir.join("libnebd.a"), "libnebd.a")] {
+        let state = if args.keep_debug { "with debug info" } else { "stripped" };
+        println!("{what}: {} KiB, {state}", fs::metadata(&file)?.len() / 1024);
+    }
+    println!("{SONAME}: {functions} functions at {VERSION_NODE}");
     Ok(Installed { pkgconfig_dir, lib_dir, bin_dir: None })
 }
 
-fn link_shared(archive: &Path, version_script: &Path, shared: &Path) -> Result<()> {
+/// One object of all that the functions need, with their symbols alone.
+fn combine(
+    archive: &Path,
+    functions: &BTreeSet<String>,
+    keep_debug: bool,
+    object: &Path,
+) -> Result<()> {
+    let mut ld = Command::new("ld");
+    ld.args(["-r", "--gc-sections", "-o"]).arg(object);
+    for function in functions {
+        ld.args(["-u", function]);
+    }
+    cargo::output(ld.arg("--whole-archive").arg(archive))?;
+    let mut objcopy = Command::new("objcopy");
+    objcopy.args(["--wildcard", "--keep-global-symbol=nebd_*"]);
+    // rustc's own format, of which the linker has made nonsense.
+    objcopy.args(["--remove-section=.llvmbc", "--remove-section=.llvmcmd"]);
+    if !keep_debug {
+        objcopy.arg("--strip-debug");
+    }
+    cargo::output(objcopy.arg(object)).map(|_| ())
+}
+
+fn link_shared(object: &Path, version_script: &Path, shared: &Path) -> Result<()> {
     let mut cc = Command::new(std::env::var_os("CC").unwrap_or_else(|| "cc".into()));
     cc.args(["-shared", "-o"]).arg(shared);
-    cc.arg("-Wl,--whole-archive").arg(archive).arg("-Wl,--no-whole-archive");
+    cc.arg(object);
     cc.arg(format!("-Wl,--version-script={}", version_script.display()));
     cc.arg(format!("-Wl,-soname,{SONAME}"));
     // No symbol may stay open; a host that unloads the library must not pull code from under a
