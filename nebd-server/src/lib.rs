@@ -1,1 +1,29 @@
-//! (being written)
+//! The part server: owns the storage client, serves part clients over shared-memory rings, and can
+//! be killed or replaced at any instruction.
+//!
+//! ```text
+//!   nebdctl ──gRPC──► admin ─────┐
+//!                                ▼
+//!   part client ──SEQPACKET──► control ──► server (sessions, volumes) ──► worker threads (open, resize, close)
+//!        │                       │
+//!        └──ring, doorbells──► shard 0..n ──► nebd_backend
+//! ```
+//!
+//! The control thread owns connections and the lives of sessions; each shard thread owns the
+//! queues it serves. They talk by messages.
+
+pub mod admin;
+pub mod config;
+pub mod failpoint;
+pub mod registry;
+pub mod run;
+pub mod session;
+pub mod volume;
+
+mod control;
+mod fd_store;
+mod hooks;
+mod jobs;
+mod quarantine;
+mod server;
+mod shard;

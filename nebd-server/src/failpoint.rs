@@ -1,0 +1,102 @@
+//! Named points at which a test build dies, hangs or stops on demand.
+//!
+//! `<state-dir>/failpoints` is read once at start; each line is `point action [nth]`, where action
+//! is `kill`, `segv`, `abort`, `hang` or `stop`, and `nth` (1 by default) says at which passage it
+//! fires. A line is removed from the file before it fires, so a successor does not meet it again.
+//! Without the feature `test-hooks` the points compile to nothing.
+
+/// Passes a failpoint.
+#[macro_export]
+macro_rules! failpoint {
+    ($name:literal) => {
+        #[cfg(feature = "test-hooks")]
+        $crate::failpoint::active::pass($name);
+    };
+}
+
+#[cfg(feature = "test-hooks")]
+pub mod active {
+    //! The points of a test build.
+
+    use std::path::{Path, PathBuf};
+    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+    use std::sync::{Mutex, OnceLock, PoisonError};
+
+    use nix::sys::signal::{Signal, raise};
+
+    struct Armed {
+        point: String,
+        action: String,
+        left: AtomicU64,
+    }
+
+    struct Table {
+        path: PathBuf,
+        armed: Vec<Armed>,
+        file: Mutex<()>,
+    }
+
+    static TABLE: OnceLock<Table> = OnceLock::new();
+
+    /// Reads the file; call once, early.
+    pub fn load(state_dir: &Path) {
+        let path = state_dir.join("failpoints");
+        let text = std::fs::read_to_string(&path).unwrap_or_default();
+        let armed = text
+            .lines()
+            .filter_map(|line| {
+                let mut words = line.split_whitespace();
+                let (point, action) = (words.next()?.to_owned(), words.next()?.to_owned());
+                let nth = words.next().and_then(|n| n.parse().ok()).unwrap_or(1);
+                Some(Armed { point, action, left: AtomicU64::new(nth) })
+            })
+            .collect();
+        let _ = TABLE.set(Table { path, armed, file: Mutex::new(()) });
+    }
+
+    /// Passes a point; may not return.
+    pub fn pass(point: &str) {
+        let Some(table) = TABLE.get() else { return };
+        for armed in table.armed.iter().filter(|armed| armed.point == point) {
+            let before = armed.left.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1));
+            if before == Ok(1) {
+                table.disarm(armed);
+                fire(&armed.action);
+            }
+        }
+    }
+
+    impl Table {
+        fn disarm(&self, armed: &Armed) {
+            let _guard = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+            let text = std::fs::read_to_string(&self.path).unwrap_or_default();
+            let mut removed = false;
+            let rest: String = text
+                .lines()
+                .filter(|line| {
+                    let mut words = line.split_whitespace();
+                    let this = words.next() == Some(&armed.point)
+                        && words.next() == Some(&armed.action)
+                        && !removed;
+                    removed |= this;
+                    !this
+                })
+                .map(|line| format!("{line}\n"))
+                .collect();
+            let _ = std::fs::write(&self.path, rest);
+        }
+    }
+
+    fn fire(action: &str) {
+        match action {
+            "kill" => _ = raise(Signal::SIGKILL),
+            "segv" => _ = raise(Signal::SIGSEGV),
+            "abort" => std::process::abort(),
+            "stop" => _ = raise(Signal::SIGSTOP),
+            "hang" => loop {
+                std::thread::park();
+            },
+            other => eprintln!("failpoint action {other:?} is unknown"),
+        }
+    }
+}

@@ -1,0 +1,310 @@
+//! The volume registry: which volumes exist, whose they are, and which calls were answered.
+//!
+//! One small TOML file a volume under `<state-dir>/volumes/`, and one of recent operations. A file
+//! is replaced by writing another beside it, syncing it, renaming it, and syncing the directory:
+//! after a crash at any instruction it is the old or the new one.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use nebd_abi::VolumeName;
+use nebd_backend::VolumeSpec;
+use serde::{Deserialize, Serialize};
+
+/// Operations whose answers are remembered.
+const OPERATIONS_MAX: usize = 1024;
+
+/// What the registry keeps of a volume.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Record {
+    name: String,
+    /// Bytes.
+    pub size: u64,
+    /// 512 or 4096.
+    pub block_size: u32,
+    /// Backing file or device, where the backend has one by path.
+    pub path: Option<PathBuf>,
+    /// Owning user.
+    pub owner_uid: u32,
+    /// Owning group.
+    pub owner_gid: u32,
+    /// Who may attach: read and write bits as for a file.
+    pub mode: u32,
+}
+
+impl Record {
+    /// A record of a volume.
+    pub fn new(spec: &VolumeSpec, owner_uid: u32, owner_gid: u32, mode: u32) -> Record {
+        Record {
+            name: spec.name.to_string(),
+            size: spec.size,
+            block_size: spec.block_size,
+            path: spec.path.clone(),
+            owner_uid,
+            owner_gid,
+            mode,
+        }
+    }
+
+    /// For the backend.
+    pub fn spec(&self, name: &VolumeName) -> VolumeSpec {
+        VolumeSpec {
+            name: name.clone(),
+            size: self.size,
+            block_size: self.block_size,
+            path: self.path.clone(),
+        }
+    }
+
+    /// Whether this user may read (and write, if asked), as the kernel would decide for a file.
+    pub fn permits(&self, uid: u32, gid: u32, write: bool) -> bool {
+        let wanted = if write { 0o6 } else { 0o4 };
+        let granted = match (uid, gid) {
+            (0, _) => 0o7,
+            (uid, _) if uid == self.owner_uid => self.mode >> 6,
+            (_, gid) if gid == self.owner_gid => self.mode >> 3,
+            _ => self.mode,
+        };
+        granted & wanted == wanted
+    }
+}
+
+/// What a call that is not idempotent did, told again if it is repeated.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+struct Operation {
+    id: String,
+    volume: String,
+    kind: String,
+    size: u64,
+}
+
+#[derive(Debug, Default, Deserialize, Serialize)]
+struct Operations {
+    #[serde(default)]
+    operation: Vec<Operation>,
+}
+
+/// Why the registry cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    /// A file operation failed.
+    #[error("cannot {action} {path}: {source}")]
+    File {
+        /// What was tried.
+        action: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// A file holds something else than the registry wrote.
+    #[error("{path} is damaged: {source}")]
+    Damaged {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong.
+        source: Box<toml::de::Error>,
+    },
+}
+
+/// The registry; every change is durable before it is visible.
+pub struct Registry {
+    dir: PathBuf,
+    state: Mutex<State>,
+}
+
+struct State {
+    volumes: BTreeMap<VolumeName, Record>,
+    operations: Operations,
+}
+
+impl Registry {
+    /// Reads what is there.
+    pub fn load(state_dir: &Path) -> Result<Registry, RegistryError> {
+        let dir = state_dir.join("volumes");
+        fs::create_dir_all(&dir).map_err(file("create", &dir))?;
+        let mut volumes = BTreeMap::new();
+        for entry in fs::read_dir(&dir).map_err(file("list", &dir))? {
+            let path = entry.map_err(file("list", &dir))?.path();
+            let name = path.file_stem().and_then(|stem| stem.to_str()?.parse::<VolumeName>().ok());
+            if let (Some(name), true) = (name, path.extension().is_some_and(|e| e == "toml")) {
+                volumes.insert(name, read(&path)?);
+            }
+        }
+        let operations = match read(&dir.join(OPERATIONS)) {
+            Err(RegistryError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                Operations::default()
+            }
+            result => result?,
+        };
+        Ok(Registry { dir, state: Mutex::new(State { volumes, operations }) })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A volume's record.
+    pub fn record(&self, name: &VolumeName) -> Option<Record> {
+        self.state().volumes.get(name).cloned()
+    }
+
+    /// Every volume, by name.
+    pub fn records(&self) -> Vec<(VolumeName, Record)> {
+        self.state().volumes.iter().map(|(name, record)| (name.clone(), record.clone())).collect()
+    }
+
+    /// The size that operation `id` answered with, if it was answered for this volume and kind.
+    pub fn answered(&self, id: &[u8], kind: &str, name: &VolumeName) -> Option<u64> {
+        let id = hex(id);
+        let state = self.state();
+        let mut operations = state.operations.operation.iter();
+        operations
+            .find(|op| op.id == id && op.kind == kind && op.volume == name.as_str())
+            .map(|op| op.size)
+    }
+
+    /// Remembers an answer. It is written before the change it tells of becomes visible.
+    pub fn answer(
+        &self,
+        id: &[u8],
+        kind: &str,
+        name: &VolumeName,
+        size: u64,
+    ) -> Result<(), RegistryError> {
+        if id.is_empty() {
+            return Ok(());
+        }
+        let mut state = self.state();
+        let operation =
+            Operation { id: hex(id), volume: name.to_string(), kind: kind.to_owned(), size };
+        let operations = &mut state.operations.operation;
+        operations.push(operation);
+        let excess = operations.len().saturating_sub(OPERATIONS_MAX);
+        operations.drain(..excess);
+        write(&self.dir.join(OPERATIONS), &state.operations)
+    }
+
+    /// Adds or replaces a record.
+    pub fn put(&self, name: &VolumeName, record: Record) -> Result<(), RegistryError> {
+        let mut state = self.state();
+        write(&self.path(name), &record)?;
+        state.volumes.insert(name.clone(), record);
+        Ok(())
+    }
+
+    /// Removes a record.
+    pub fn remove(&self, name: &VolumeName) -> Result<(), RegistryError> {
+        let mut state = self.state();
+        let path = self.path(name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(file("remove", &path)(error));
+            }
+            _ => sync_dir(&self.dir)?,
+        }
+        state.volumes.remove(name);
+        Ok(())
+    }
+
+    fn path(&self, name: &VolumeName) -> PathBuf {
+        self.dir.join(format!("{name}.toml"))
+    }
+}
+
+const OPERATIONS: &str = "operations";
+
+/// The number that grows with each boot of the host (or restart of a server without keeper): the
+/// major epoch where storage grants none. `fresh` raises it, durably.
+pub fn host_major(state_dir: &Path, fresh: bool) -> Result<u32, RegistryError> {
+    let path = state_dir.join("major");
+    let present = match fs::read_to_string(&path) {
+        Ok(text) => text.trim().parse().unwrap_or(0),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+        Err(error) => return Err(file("read", &path)(error)),
+    };
+    if !fresh && present > 0 {
+        return Ok(present);
+    }
+    replace(&path, (present + 1).to_string().as_bytes())?;
+    Ok(present + 1)
+}
+
+fn file<'a>(action: &'static str, path: &'a Path) -> impl Fn(io::Error) -> RegistryError + use<'a> {
+    move |source| RegistryError::File { action, path: path.into(), source }
+}
+
+fn read<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T, RegistryError> {
+    let text = fs::read_to_string(path).map_err(file("read", path))?;
+    toml::from_str(&text)
+        .map_err(|source| RegistryError::Damaged { path: path.into(), source: source.into() })
+}
+
+fn write(path: &Path, value: &impl Serialize) -> Result<(), RegistryError> {
+    let text =
+        toml::to_string(value).map_err(|error| file("encode", path)(io::Error::other(error)))?;
+    replace(path, text.as_bytes())
+}
+
+fn replace(path: &Path, bytes: &[u8]) -> Result<(), RegistryError> {
+    let temporary = path.with_extension("tmp");
+    let mut out = File::create(&temporary).map_err(file("create", &temporary))?;
+    out.write_all(bytes).map_err(file("write", &temporary))?;
+    out.sync_all().map_err(file("sync", &temporary))?;
+    fs::rename(&temporary, path).map_err(file("rename", path))?;
+    sync_dir(path.parent().unwrap_or(Path::new(".")))
+}
+
+fn sync_dir(dir: &Path) -> Result<(), RegistryError> {
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(file("sync", dir))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(name: &str) -> (VolumeName, Record) {
+        let name: VolumeName = name.parse().unwrap();
+        let spec = VolumeSpec { name: name.clone(), size: 4096, block_size: 512, path: None };
+        let record = Record::new(&spec, 1000, 100, 0o640);
+        (name, record)
+    }
+
+    #[test]
+    fn records_and_answers_are_found_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = Registry::load(dir.path()).unwrap();
+        let (name, record) = record("file:disk1");
+        registry.put(&name, record.clone()).unwrap();
+        registry.answer(b"id", "resize", &name, 9).unwrap();
+        let again = Registry::load(dir.path()).unwrap();
+        assert_eq!(again.record(&name), Some(record));
+        assert_eq!(again.answered(b"id", "resize", &name), Some(9));
+        assert_eq!(again.answered(b"id", "create", &name), None);
+        again.remove(&name).unwrap();
+        assert!(Registry::load(dir.path()).unwrap().records().is_empty());
+    }
+
+    #[test]
+    fn permission_is_by_owner_group_and_mode() {
+        let (_, record) = record("file:disk1");
+        assert!(record.permits(0, 0, true) && record.permits(1000, 1, true));
+        assert!(record.permits(1, 100, false) && !record.permits(1, 100, true));
+        assert!(!record.permits(1, 1, false));
+    }
+
+    #[test]
+    fn the_major_grows_when_fresh_and_stays_otherwise() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(host_major(dir.path(), false).unwrap(), 1);
+        assert_eq!(host_major(dir.path(), false).unwrap(), 1);
+        assert_eq!(host_major(dir.path(), true).unwrap(), 2);
+    }
+}

@@ -1,0 +1,340 @@
+//! From an exec to a serving server.
+//!
+//! ```text
+//!  inherit ─► (standby: collect the store until ACTIVATE) ─► predecessor confirmed dead
+//!     ─► claim the generation ─► shards, control, admin ─► READY ─► resume sessions
+//!                   └─ lost the race: exit, somebody else owns the host's volumes
+//! ```
+//!
+//! Listening comes first: whoever connects while volumes are still being opened waits for its own
+//! volume alone.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nebd_abi::Generation;
+use nebd_abi::host::HostPage;
+use nebd_abi::region::RegionError;
+use nebd_backend::{Backend, LaneConfig, NullBackend};
+use nebd_keeper::inherit::{InheritError, Inherited};
+use nebd_keeper::notify::{Holdings, Notifier, Reregister};
+use nebd_keeper::standby::{StandbyChannel, StandbyMessage};
+use rustix::event::{PollFd, PollFlags};
+use rustix::process::Signal;
+
+use crate::config::{Config, ConfigError};
+use crate::control::{Control, ControlInputs, NoticeSink, doorbell};
+use crate::fd_store::ServerStore;
+use crate::registry::{Registry, RegistryError, host_major};
+use crate::server::{Server, ServerParts};
+use crate::shard::{EventSink, ShardContext};
+
+/// Why a server cannot serve.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The configuration is off.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// What the keeper passed is not usable.
+    #[error("cannot take over what the keeper passed")]
+    Inherit(#[from] InheritError),
+    /// The host page is not usable.
+    #[error("the host page is not usable")]
+    Host(#[source] RegionError),
+    /// The registry is not usable.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// Another server runs without a keeper on the same state directory.
+    #[error("another nebd-server uses {0}; stop it first, or choose another --state-dir")]
+    Locked(PathBuf),
+    /// A socket cannot be made.
+    #[error("cannot listen on {path}")]
+    Listen {
+        /// Which socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A system call failed.
+    #[error("cannot {action}")]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+fn system<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> RunError {
+    move |error| RunError::System { action, source: error.into() }
+}
+
+/// Serves until the process ends; returns early only if another process owns the host's volumes.
+pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(), RunError> {
+    raise_descriptor_limit();
+    let mode = config.socket_mode()?;
+    std::fs::create_dir_all(&config.state_dir).map_err(system("create the state directory"))?;
+    #[cfg(feature = "test-hooks")]
+    crate::failpoint::active::load(&config.state_dir);
+    let alone = inherited.host.is_none();
+    let _lock = if alone { Some(lock(&config.state_dir)?) } else { None };
+
+    let host = match inherited.host.take() {
+        Some(fd) => HostPage::open(fd),
+        None => HostPage::create(),
+    };
+    let host = Arc::new(host.map_err(RunError::Host)?);
+    if standby && !stand_by(&mut inherited)? {
+        return Ok(());
+    }
+    // The owner of `seen` is confirmed dead before its generation is replaced; if somebody else
+    // replaces it meanwhile, the claim fails.
+    let seen = host.generation();
+    if let Some(predecessor) = inherited.predecessor.take() {
+        confirm_death(&predecessor).map_err(system("confirm the predecessor's death"))?;
+    }
+    crate::failpoint!("before-claim");
+    let Some(generation) = host.claim(seen) else {
+        tracing::info!(%seen, "another server has taken over; this one is not needed");
+        return Ok(());
+    };
+    crate::failpoint!("after-claim");
+    tracing::info!(%generation, pid = std::process::id(), standby, "taking over");
+
+    let client =
+        listener(inherited.client.take(), || sockets::packet(&config.socket, mode, config))?;
+    let admin =
+        listener(inherited.admin.take(), || sockets::stream(&config.admin_socket(), mode, config))?;
+    let notifier = Notifier::from_env().map(Arc::new);
+    let store = Arc::new(ServerStore::new(std::mem::take(&mut inherited.store), notifier.clone()));
+    let holdings = Held {
+        fds: [
+            (nebd_keeper::names::CLIENT, client.try_clone()),
+            (nebd_keeper::names::ADMIN, admin.try_clone()),
+            (nebd_keeper::names::HOST, host.fd().try_clone_to_owned()),
+        ]
+        .into_iter()
+        .chain(inherited.probe.as_ref().map(|fd| (nebd_keeper::names::PROBE, fd.try_clone())))
+        .map(|(name, fd)| Ok((name, fd?)))
+        .collect::<io::Result<_>>()
+        .map_err(system("duplicate descriptors"))?,
+        store: store.clone(),
+    };
+
+    let doorbell = doorbell().map_err(system("make a doorbell"))?;
+    let (notices, notice_receiver) = NoticeSink::new(doorbell.clone());
+    let (events, shard_events) = EventSink::new(doorbell.clone());
+    let server = Arc::new(build(config, &host, generation, seen, store, notices, events)?);
+    host.announce_probes(1 + server.shards.len());
+    let inputs = ControlInputs {
+        listener: client,
+        doorbell,
+        notices: notice_receiver,
+        shard_events,
+        probe: inherited.probe.take(),
+    };
+    let control =
+        Control::new(server.clone(), inputs).map_err(system("set up the control loop"))?;
+    let _admin = crate::admin::spawn(admin.into(), server.clone())
+        .map_err(system("start the admin service"))?;
+    if let (Some(notifier), Some(life)) = (notifier, inherited.life.take()) {
+        notifier.ready();
+        watch_keeper(Reregister::new(notifier, life), holdings)?;
+    }
+    crate::failpoint!("after-ready");
+    server.resume_all();
+    control.run().map_err(system("wait for events"))
+}
+
+fn build(
+    config: &Config,
+    host: &Arc<HostPage>,
+    generation: Generation,
+    seen: Generation,
+    store: Arc<ServerStore>,
+    notices: NoticeSink,
+    events: EventSink,
+) -> Result<Server, RunError> {
+    let lane = LaneConfig { io_uring: config.file.engine != "threads", ..LaneConfig::default() };
+    let context = ShardContext {
+        host: host.clone(),
+        generation,
+        lane,
+        spin: Duration::from_micros(config.ring.spin_us),
+        batch: config.ring.batch.max(1),
+        stall_alarm: Duration::from_millis(config.ring.stall_alarm_ms),
+        events,
+    };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let shard_count = if config.shards == 0 { cores } else { config.shards };
+    let shards = (0..shard_count.min(nebd_abi::host::PROBES_MAX - 1))
+        .map(|index| crate::shard::spawn(index, context.clone()))
+        .collect::<io::Result<Vec<_>>>()
+        .map_err(system("start a shard"))?;
+    let (backends, file_engine) = backends(config)?;
+    Ok(Server::new(ServerParts {
+        registry: Registry::load(&config.state_dir)?,
+        store,
+        host: host.clone(),
+        generation,
+        last_death: host.death_of(seen),
+        // Generation 0 means that nobody on this host can have had a volume open.
+        host_major: host_major(&config.state_dir, seen.0 == 0)?,
+        backends,
+        file_engine,
+        shards,
+        notices,
+    }))
+}
+
+fn backends(_config: &Config) -> Result<(Vec<Box<dyn Backend>>, String), RunError> {
+    Ok((vec![Box::new(NullBackend)], String::new()))
+}
+
+/// Collects the store until this process is wanted; false if the keeper has gone.
+fn stand_by(inherited: &mut Inherited) -> Result<bool, RunError> {
+    let Some(socket) = inherited.standby.take() else { return Ok(true) };
+    let channel = StandbyChannel::new(socket);
+    loop {
+        match channel.recv().map_err(system("hear from the keeper"))? {
+            Some(StandbyMessage::Store(name, fd)) => {
+                if name == nebd_keeper::names::PREDECESSOR {
+                    inherited.predecessor = Some(fd);
+                } else {
+                    inherited.store.insert(name, fd);
+                }
+            }
+            Some(StandbyMessage::Remove(name)) => _ = inherited.store.remove(&name),
+            Some(StandbyMessage::Sync) => tracing::info!("standing by"),
+            Some(StandbyMessage::Activate) => return Ok(true),
+            None => return Ok(false),
+        }
+    }
+}
+
+/// Kills the predecessor if it still runs, and waits until all of its threads are gone.
+fn confirm_death(predecessor: &OwnedFd) -> io::Result<()> {
+    match rustix::process::pidfd_send_signal(predecessor, Signal::KILL) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let mut fds = [PollFd::new(predecessor, PollFlags::IN)];
+    loop {
+        match rustix::event::poll(&mut fds, None) {
+            Ok(_) => return Ok(()),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn listener(
+    inherited: Option<OwnedFd>,
+    make: impl FnOnce() -> Result<OwnedFd, RunError>,
+) -> Result<OwnedFd, RunError> {
+    inherited.map_or_else(make, Ok)
+}
+
+/// Without a keeper, one server a state directory.
+fn lock(state_dir: &Path) -> Result<std::fs::File, RunError> {
+    let path = state_dir.join("server.lock");
+    let file = std::fs::File::create(&path).map_err(system("create server.lock"))?;
+    file.try_lock().map_err(|_| RunError::Locked(state_dir.into()))?;
+    Ok(file)
+}
+
+fn raise_descriptor_limit() {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let raised = rustix::process::Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(error) = rustix::process::setrlimit(rustix::process::Resource::Nofile, raised) {
+        tracing::warn!(%error, "cannot raise the descriptor limit");
+    }
+}
+
+/// What is registered with the next keeper if this one dies.
+struct Held {
+    fds: BTreeMap<&'static str, OwnedFd>,
+    store: Arc<ServerStore>,
+}
+
+impl Holdings for Held {
+    fn each(&self, send: &mut dyn FnMut(&str, BorrowedFd<'_>) -> io::Result<()>) -> io::Result<()> {
+        for (name, fd) in &self.fds {
+            send(name, fd.as_fd())?;
+        }
+        self.store.each(send)
+    }
+}
+
+fn watch_keeper(watch: Reregister, held: Held) -> Result<(), RunError> {
+    let work = move || {
+        // Nobody stops this thread; the process ends with it inside.
+        let Ok((stop, _held_open)) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+        else {
+            tracing::error!("no pipe: the next keeper will not be found");
+            return;
+        };
+        if let Err(error) = watch.run(stop.as_fd(), &held) {
+            tracing::error!(%error, "the next keeper will not be found");
+        }
+    };
+    std::thread::Builder::new()
+        .name("nebd-life".into())
+        .spawn(work)
+        .map_err(system("start a thread"))?;
+    Ok(())
+}
+
+mod sockets {
+    //! Sockets of a server that has no keeper to make them.
+
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    fn bind(
+        path: &Path,
+        kind: rustix::net::SocketType,
+        mode: u32,
+        config: &Config,
+    ) -> io::Result<OwnedFd> {
+        use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags};
+        if let Some(parent) = path.parent() {
+            std::fs::create_dir_all(parent)?;
+        }
+        // The lock on the state directory is ours: what lies here is a dead server's, unless
+        // another state directory shares the socket path.
+        if UnixStream::connect(path).is_ok() || nebd_abi::socket::connect(path).is_ok() {
+            return Err(io::ErrorKind::AddrInUse.into());
+        }
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let socket =
+            rustix::net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?;
+        // Nobody can connect before `listen`, so the mode is right before it matters.
+        rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
+        if let Some(gid) = config.access.gid {
+            std::os::unix::fs::chown(path, None, Some(gid))?;
+        }
+        rustix::net::listen(&socket, 4096)?;
+        Ok(socket)
+    }
+
+    pub(super) fn packet(path: &Path, mode: u32, config: &Config) -> Result<OwnedFd, RunError> {
+        bind(path, rustix::net::SocketType::SEQPACKET, mode, config)
+            .map_err(|source| RunError::Listen { path: path.into(), source })
+    }
+
+    pub(super) fn stream(path: &Path, mode: u32, config: &Config) -> Result<OwnedFd, RunError> {
+        bind(path, rustix::net::SocketType::STREAM, mode, config)
+            .map_err(|source| RunError::Listen { path: path.into(), source })
+    }
+}

@@ -1,0 +1,206 @@
+//! The server: which sessions there are, which volumes, and how they come and go.
+//!
+//! ```text
+//!  attach:  reserve id ─► open volume ─► store descriptors ─► adopt queues ─► serve
+//!  end:     drain queues ─► forget descriptors ─► close volume if it was the last
+//! ```
+//!
+//! Methods here may block; the control thread calls them on worker threads ([`crate::jobs`]).
+
+mod attach;
+mod operator;
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use nebd_abi::host::{DeathCause, HostPage};
+use nebd_abi::layout::{ServerState, SessionId};
+use nebd_abi::{Generation, VolumeName};
+use nebd_backend::{Backend, FdStore};
+
+use crate::fd_store::ServerStore;
+use crate::jobs::Jobs;
+use crate::quarantine::Quarantine;
+use crate::registry::Registry;
+use crate::session::Session;
+use crate::shard::{Command, ShardHandle};
+use crate::volume::VolumeTable;
+pub use attach::{AttachRequest, Origin, is_eventfd};
+
+/// What a server is made of.
+pub struct Server {
+    /// Volumes and their owners.
+    pub registry: Registry,
+    /// Descriptors that outlive this process.
+    pub store: Arc<ServerStore>,
+    /// The host page.
+    pub host: Arc<HostPage>,
+    /// This server's generation.
+    pub generation: Generation,
+    /// How the previous server ended.
+    pub last_death: DeathCause,
+    /// Major epoch where storage grants none.
+    pub host_major: u32,
+    /// Kinds of storage.
+    pub backends: Vec<Box<dyn Backend>>,
+    /// How `file` volumes do their IO, for `status`.
+    pub file_engine: String,
+    /// The shards.
+    pub shards: Vec<ShardHandle>,
+    /// Worker threads.
+    pub jobs: Jobs,
+    /// Open volumes.
+    pub volumes: VolumeTable,
+    /// Where notices to the control thread go.
+    pub notices: crate::control::NoticeSink,
+    /// When it started.
+    pub started: Instant,
+    sessions: Mutex<HashMap<SessionId, Entry>>,
+    next_shard: AtomicUsize,
+    quarantine: Mutex<Quarantine>,
+    resize: Mutex<()>,
+}
+
+/// The parts of a [`Server`] that are given to it; see there.
+#[allow(missing_docs)]
+pub struct ServerParts {
+    pub registry: Registry,
+    pub store: Arc<ServerStore>,
+    pub host: Arc<HostPage>,
+    pub generation: Generation,
+    pub last_death: DeathCause,
+    pub host_major: u32,
+    pub backends: Vec<Box<dyn Backend>>,
+    pub file_engine: String,
+    pub shards: Vec<ShardHandle>,
+    pub notices: crate::control::NoticeSink,
+}
+
+struct Entry {
+    volume: VolumeName,
+    exclusive: bool,
+    /// `None` while it is being opened.
+    session: Option<Arc<Session>>,
+}
+
+impl Server {
+    /// A server without sessions.
+    pub fn new(parts: ServerParts) -> Server {
+        Server {
+            registry: parts.registry,
+            store: parts.store,
+            host: parts.host,
+            generation: parts.generation,
+            last_death: parts.last_death,
+            host_major: parts.host_major,
+            backends: parts.backends,
+            file_engine: parts.file_engine,
+            shards: parts.shards,
+            notices: parts.notices,
+            jobs: Jobs::default(),
+            volumes: VolumeTable::default(),
+            started: Instant::now(),
+            sessions: Mutex::default(),
+            next_shard: AtomicUsize::new(0),
+            quarantine: Mutex::default(),
+            resize: Mutex::default(),
+        }
+    }
+
+    fn entries(&self) -> MutexGuard<'_, HashMap<SessionId, Entry>> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn quarantine(&self) -> MutexGuard<'_, Quarantine> {
+        self.quarantine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Every session that is served.
+    pub fn sessions(&self) -> Vec<Arc<Session>> {
+        self.entries().values().filter_map(|entry| entry.session.clone()).collect()
+    }
+
+    /// The session with this id, if it is served.
+    pub fn session(&self, id: SessionId) -> Option<Arc<Session>> {
+        self.entries().get(&id)?.session.clone()
+    }
+
+    /// Sessions of a volume that are served or about to be.
+    pub fn sessions_of(&self, volume: &VolumeName) -> Vec<Arc<Session>> {
+        let entries = self.entries();
+        let of_volume = entries.values().filter(|entry| entry.volume == *volume);
+        of_volume.filter_map(|entry| entry.session.clone()).collect()
+    }
+
+    /// How many sessions have a volume attached, or are attaching it.
+    pub fn session_count(&self, volume: &VolumeName) -> u32 {
+        self.entries().values().filter(|entry| entry.volume == *volume).count() as u32
+    }
+
+    /// The backend of a volume.
+    pub fn backend(&self, volume: &VolumeName) -> Option<&dyn Backend> {
+        self.backends.iter().map(|b| &**b).find(|backend| backend.kind() == volume.backend())
+    }
+
+    fn next_shard(&self) -> usize {
+        self.next_shard.fetch_add(1, Relaxed) % self.shards.len()
+    }
+
+    /// Starts the end of a session: nothing more is taken from its rings.
+    pub fn end_session(&self, id: SessionId) {
+        let Some(session) = self.session(id) else { return };
+        if !session.start_draining() {
+            return;
+        }
+        self.quarantine().forget(id);
+        let shards: BTreeSet<usize> = session.shards.iter().copied().collect();
+        for shard in shards {
+            self.shards[shard].send(Command::Drain(id));
+        }
+    }
+
+    /// One queue of a draining session is done; the last one releases the session. May block.
+    pub fn queue_drained(&self, id: SessionId) {
+        let Some(session) = self.session(id) else { return };
+        if session.queues_left.fetch_sub(1, AcqRel) > 1 {
+            return;
+        }
+        let state = session.region.header().server_state.load(Relaxed);
+        if ServerState::from_bits(state) != ServerState::Detached {
+            session.publish_state(ServerState::Absent);
+        }
+        self.store.remove_all(&Session::store_name(id, ""));
+        let volume = session.volume.name.clone();
+        drop(session);
+        self.entries().remove(&id);
+        self.volumes.release(&volume);
+        tracing::info!(session = %id, %volume, "session ended");
+    }
+
+    /// Issues the next suspect, if none is out.
+    pub fn issue_suspect(&self) {
+        let Some(suspect) = self.quarantine().next() else { return };
+        tracing::warn!(
+            session = %suspect.session, slot = suspect.request.slot,
+            "issuing a request alone that was in flight in two crashes"
+        );
+        self.shards[suspect.shard].send(Command::Suspect {
+            session: suspect.session,
+            queue: suspect.queue,
+            request: suspect.request,
+        });
+    }
+
+    /// The suspect of this session was answered.
+    pub fn suspect_answered(&self, session: SessionId) {
+        self.quarantine().answered(session);
+        self.issue_suspect();
+    }
+
+    /// Whether descriptors outlive this process.
+    pub fn has_store(&self) -> bool {
+        self.store.is_durable()
+    }
+}

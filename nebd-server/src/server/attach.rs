@@ -1,0 +1,482 @@
+//! Attaching a session: anew, again after a server died, or out of the descriptor store.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nebd_abi::control::AttachFlags;
+use nebd_abi::layout::{ServerState, SessionId};
+use nebd_abi::region::{Region, RegionError, SharedMemory};
+use nebd_abi::ring::{Request, ServerQueue};
+use nebd_abi::{Epoch, Errno, VolumeName};
+use nebd_backend::{BackendError, FdStore, OpenContext};
+use rustix::mm::Advice;
+
+use super::{Entry, Server};
+use crate::control::Notice;
+use crate::hooks;
+use crate::quarantine::{DEATHS_PARKED, DEATHS_SUSPECT, Suspect};
+use crate::session::ledger::{Attachment, Ledger};
+use crate::session::{Memories, Session, SessionParts, set_memory};
+use crate::shard::{Command, QueueSetup};
+use crate::volume::OpenVolume;
+
+/// Where an attach comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// A client asks for it.
+    Client,
+    /// A predecessor left it in the descriptor store.
+    Store,
+}
+
+/// Everything that makes a session.
+pub struct AttachRequest {
+    /// Where it comes from.
+    pub origin: Origin,
+    /// The client's region.
+    pub region: Arc<Region>,
+    /// Doorbells to the server, one a queue.
+    pub kicks: Vec<OwnedFd>,
+    /// Doorbells to the client, one a queue.
+    pub calls: Vec<OwnedFd>,
+    /// The client's process.
+    pub peer: Option<OwnedFd>,
+    /// The predecessor's ledger.
+    pub ledger: Option<Ledger>,
+    /// Registered memories.
+    pub memories: Memories,
+    /// How, and by whom.
+    pub attachment: Attachment,
+}
+
+/// Why a session cannot be attached.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// The registry has no such volume.
+    #[error("volume {0} does not exist; `nebdctl volume list` shows those that do")]
+    NotFound(VolumeName),
+    /// The server has no such backend.
+    #[error("volume {0}: this server has no such backend")]
+    Backend(VolumeName),
+    /// The client's user may not.
+    #[error("volume {volume}: user {uid} may not attach it; ask its owner or root")]
+    Denied {
+        /// Which volume.
+        volume: VolumeName,
+        /// Who asked.
+        uid: u32,
+    },
+    /// Another session has it.
+    #[error("volume {0} is attached by another session, and one of the two wants it alone")]
+    Busy(VolumeName),
+    /// The session is being started by another thread right now.
+    #[error("session {0} is being started")]
+    Starting(SessionId),
+    /// The id belongs to a session with another region.
+    #[error("session {0} exists, with another region")]
+    Foreign(SessionId),
+    /// The contents that the client knew are gone.
+    #[error("volume {0}: its contents were in memory that is gone")]
+    Lost(VolumeName),
+    /// The backend failed.
+    #[error(transparent)]
+    Storage(#[from] BackendError),
+    /// Shared memory failed.
+    #[error("session {session}")]
+    Memory {
+        /// Which session.
+        session: SessionId,
+        /// Why.
+        source: RegionError,
+    },
+    /// The descriptor store failed.
+    #[error("session {session}: cannot store its descriptors")]
+    Store {
+        /// Which session.
+        session: SessionId,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+impl AttachError {
+    /// As an errno, for the client.
+    pub fn errno(&self) -> Errno {
+        match self {
+            AttachError::NotFound(_) => Errno(2),
+            AttachError::Backend(_) => Errno::NOTSUP,
+            AttachError::Denied { .. } => Errno(13),
+            AttachError::Busy(_) => Errno(16),
+            AttachError::Starting(_) => Errno(11),
+            AttachError::Foreign(_) => Errno(17),
+            AttachError::Lost(_) => Errno(116),
+            AttachError::Storage(error) => error.errno(),
+            AttachError::Memory { .. } => Errno::INVAL,
+            AttachError::Store { source, .. } => Errno::from_io(source),
+        }
+    }
+
+    /// Whether waiting may mend it for a session that was attached before.
+    pub fn is_transient(&self) -> bool {
+        !matches!(
+            self,
+            AttachError::Denied { .. }
+                | AttachError::Foreign(_)
+                | AttachError::Lost(_)
+                | AttachError::Storage(BackendError::Lost(_))
+                | AttachError::Memory { .. }
+        )
+    }
+}
+
+impl Server {
+    /// Attaches a session, or finds it attached already. May block for long.
+    pub fn attach(&self, request: AttachRequest) -> Result<Arc<Session>, AttachError> {
+        let id = request.region.params().session;
+        if let Some(session) = self.reserve(&request)? {
+            return Ok(session);
+        }
+        let attached = self.open_and_serve(self.with_stored_ledger(request));
+        let mut entries = self.entries();
+        match &attached {
+            Ok(session) => {
+                if let Some(entry) = entries.get_mut(&id) {
+                    entry.session = Some(session.clone());
+                }
+            }
+            Err(_) => _ = entries.remove(&id),
+        }
+        drop(entries);
+        if let Ok(session) = &attached {
+            self.notices.send(Notice::Live(session.clone()));
+        }
+        attached
+    }
+
+    /// Takes the session's place, so that nobody else starts it; or finds the session there.
+    fn reserve(&self, request: &AttachRequest) -> Result<Option<Arc<Session>>, AttachError> {
+        let params = request.region.params();
+        let flags = AttachFlags(request.attachment.attach_flags);
+        let exclusive = flags.contains(AttachFlags::EXCLUSIVE);
+        let mut entries = self.entries();
+        if let Some(entry) = entries.get(&params.session) {
+            let session = entry.session.clone().ok_or(AttachError::Starting(params.session))?;
+            return match same_memory(&session.region, &request.region) {
+                true if session.is_draining() => Err(AttachError::Starting(params.session)),
+                true => Ok(Some(session)),
+                false => Err(AttachError::Foreign(params.session)),
+            };
+        }
+        let of_volume = |entry: &&Entry| entry.volume == params.volume;
+        if entries.values().filter(of_volume).any(|entry| exclusive || entry.exclusive) {
+            return Err(AttachError::Busy(params.volume.clone()));
+        }
+        let entry = Entry { volume: params.volume.clone(), exclusive, session: None };
+        entries.insert(params.session, entry);
+        Ok(None)
+    }
+
+    /// A client may be quicker to present its region than the successor to find it in the store;
+    /// what the predecessor remembered of the session counts all the same.
+    fn with_stored_ledger(&self, mut request: AttachRequest) -> AttachRequest {
+        if request.ledger.is_none()
+            && let Ok(stored) = self.stored_request(request.region.params().session)
+            && same_memory(&stored.region, &request.region)
+        {
+            request.ledger = stored.ledger;
+        }
+        request
+    }
+
+    fn open_and_serve(&self, request: AttachRequest) -> Result<Arc<Session>, AttachError> {
+        let volume = self.acquire_volume(&request)?;
+        crate::failpoint!("attach-after-open");
+        let name = volume.name.clone();
+        let served = self.serve(request, volume);
+        if served.is_err() {
+            self.volumes.release(&name);
+        }
+        served
+    }
+
+    fn acquire_volume(&self, request: &AttachRequest) -> Result<Arc<OpenVolume>, AttachError> {
+        let name = &request.region.params().volume;
+        let attachment = &request.attachment;
+        let record =
+            self.registry.record(name).ok_or_else(|| AttachError::NotFound(name.clone()))?;
+        let read_only = AttachFlags(attachment.attach_flags).contains(AttachFlags::READ_ONLY);
+        if !record.permits(attachment.client_uid, attachment.client_gid, !read_only) {
+            return Err(AttachError::Denied { volume: name.clone(), uid: attachment.client_uid });
+        }
+        let backend = self.backend(name).ok_or_else(|| AttachError::Backend(name.clone()))?;
+        let context = OpenContext {
+            previous_major: request.ledger.as_ref().map(|ledger| ledger.attachment().major),
+            host_major: self.host_major,
+            generation: self.generation,
+            store: self.store.clone(),
+        };
+        let volume = self.volumes.acquire(name, || {
+            let opened = backend.open(&record.spec(name), &context)?;
+            let epoch = Epoch::new(opened.major, self.generation);
+            Ok(OpenVolume::new(name.clone(), record.block_size, epoch, opened))
+        })?;
+        if attachment.incarnation != 0 && attachment.incarnation != volume.incarnation {
+            self.volumes.release(name);
+            return Err(AttachError::Lost(name.clone()));
+        }
+        Ok(volume)
+    }
+
+    fn serve(
+        &self,
+        request: AttachRequest,
+        volume: Arc<OpenVolume>,
+    ) -> Result<Arc<Session>, AttachError> {
+        let region = request.region;
+        let (id, geometry) = (region.params().session, *region.geometry());
+        let memory_error = |source| AttachError::Memory { session: id, source };
+        let attachment = Attachment {
+            major: volume.epoch.major,
+            incarnation: volume.incarnation,
+            ..request.attachment
+        };
+        let ledger = match request.ledger {
+            Some(ledger) if ledger.slots_total() == geometry.slots_total() => {
+                ledger.set_major(volume.epoch.major);
+                ledger
+            }
+            _ => Ledger::create(geometry.slots_total(), &attachment).map_err(memory_error)?,
+        };
+        // A core dump of the server must not take as long as its clients' memory is large.
+        if let Err(error) = region.memory().advise(Advice::LinuxDontDump) {
+            tracing::warn!(session = %id, %error, "the region will be part of core dumps");
+        }
+        let mut adopted = Vec::with_capacity(geometry.queue_count as usize);
+        for index in 0..geometry.queue_count {
+            let Some(memory) = region.queue(index) else { break };
+            adopted.push(ServerQueue::adopt(memory, volume.epoch));
+        }
+        crate::failpoint!("attach-after-adopt");
+        let shards: Vec<usize> = adopted.iter().map(|_| self.next_shard()).collect();
+        let verdicts = self.judge(&ledger, id, &shards, &mut adopted);
+        let reissued = adopted.iter().map(|(_, requests)| requests.len() as u32).sum::<u32>()
+            + (verdicts.suspects.len() + verdicts.parked.len()) as u32;
+        let session = Arc::new(Session::new(SessionParts {
+            region,
+            volume,
+            ledger,
+            flags: AttachFlags(attachment.attach_flags),
+            kicks: request.kicks,
+            calls: request.calls,
+            peer: request.peer,
+            memories: request.memories,
+            shards,
+            reissued,
+        }));
+        if request.origin == Origin::Client {
+            self.store_session(&session)?;
+            crate::failpoint!("attach-after-store");
+        }
+        self.start(&session, adopted, verdicts);
+        Ok(session)
+    }
+
+    fn store_session(&self, session: &Session) -> Result<(), AttachError> {
+        let store_error = |source| AttachError::Store { session: session.id, source };
+        for (name, fd) in session.stored_fds() {
+            self.store.put(&name, fd).map_err(store_error)?;
+        }
+        for (id, memory) in session.memories().iter().enumerate() {
+            if let Some(memory) = memory {
+                let name = Session::store_name(session.id, &format!("mem{id}"));
+                self.store.put(&name, memory.fd()).map_err(store_error)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes suspects and those that have killed too often out of what is to be issued again.
+    fn judge(
+        &self,
+        ledger: &Ledger,
+        session: SessionId,
+        shards: &[usize],
+        adopted: &mut [(ServerQueue, Vec<Request>)],
+    ) -> Verdicts {
+        let mut verdicts = Verdicts::default();
+        let dead = nebd_abi::Generation(self.generation.0.saturating_sub(1));
+        if self.last_death.counts_against_requests() {
+            for slot in 0..ledger.slots_total() {
+                ledger.count_death(slot, dead);
+            }
+        }
+        let mut ledger_base = 0;
+        for (queue, (ring, requests)) in adopted.iter_mut().enumerate() {
+            if hooks::reissue_is_off() {
+                requests.clear();
+            }
+            for request in std::mem::take(requests) {
+                let deaths = ledger.deaths(ledger_base + request.slot, request.seq);
+                let suspect =
+                    Suspect { session, queue: queue as u32, shard: shards[queue], request };
+                match deaths {
+                    DEATHS_PARKED.. => verdicts.parked.push(suspect),
+                    DEATHS_SUSPECT.. => verdicts.suspects.push(suspect),
+                    _ => requests.push(suspect.request),
+                }
+            }
+            ledger_base += ring.depth();
+        }
+        verdicts
+    }
+
+    fn start(
+        &self,
+        session: &Arc<Session>,
+        adopted: Vec<(ServerQueue, Vec<Request>)>,
+        verdicts: Verdicts,
+    ) {
+        let volume = &session.volume;
+        if let Some(first) = verdicts.parked.first() {
+            let reason = format!(
+                "a request (session {}, slot {}, {:?} at byte {}) was in flight in {DEATHS_PARKED} \
+                 crashes of the server",
+                session.id, first.request.slot, first.request.op, first.request.offset
+            );
+            tracing::error!(volume = %volume.name, reason, "volume parked");
+            volume.set_parked(Some(reason));
+            self.quarantine().park(&volume.name, verdicts.parked);
+            self.park_sessions(&volume.name, true);
+        }
+        let parked = volume.parked().is_some();
+        session.publish_state(if parked { ServerState::Parked } else { ServerState::Serving });
+        for (index, (ring, reissue)) in adopted.into_iter().enumerate() {
+            let session = session.clone();
+            let shard = session.shards[index];
+            let index = index as u32;
+            let setup = QueueSetup { session, index, ring, reissue, parked };
+            self.shards[shard].send(Command::Serve(Box::new(setup)));
+        }
+        self.quarantine().admit(verdicts.suspects);
+        self.issue_suspect();
+        tracing::info!(
+            session = %session.id, volume = %volume.name, epoch = %volume.epoch,
+            reissued = session.reissued, "session served"
+        );
+    }
+
+    /// Holds back, or lets go, every session of a volume.
+    pub(super) fn park_sessions(&self, volume: &VolumeName, parked: bool) {
+        for session in self.sessions_of(volume) {
+            session.publish_state(if parked { ServerState::Parked } else { ServerState::Serving });
+            for shard in session.shards.iter().collect::<std::collections::BTreeSet<_>>() {
+                self.shards[*shard].send(Command::Park(session.id, parked));
+            }
+            self.notices.send(Notice::Parked(session.id, parked));
+        }
+    }
+
+    /// Starts the sessions that a predecessor left in the store, each on a thread of its own.
+    pub fn resume_all(self: &Arc<Self>) {
+        let mut ids: Vec<SessionId> = self
+            .store
+            .names("s.")
+            .iter()
+            .filter_map(|name| name.strip_prefix("s.")?.split('.').next()?.parse().ok())
+            .collect();
+        ids.sort_unstable();
+        ids.dedup();
+        for id in ids {
+            let server = self.clone();
+            self.jobs.spawn(move || server.resume(id));
+        }
+    }
+
+    /// Starts one stored session; waits as long as its storage does not answer.
+    fn resume(&self, id: SessionId) {
+        crate::failpoint!("resume");
+        let mut pause = Duration::from_millis(1);
+        loop {
+            let request = match self.stored_request(id) {
+                Ok(request) => request,
+                Err(error) => {
+                    // Without its region there is nothing to serve; a client that lives presents
+                    // its descriptors itself.
+                    tracing::warn!(session = %id, %error, "cannot resume a stored session");
+                    self.store.remove_all(&Session::store_name(id, ""));
+                    return;
+                }
+            };
+            match self.attach(request) {
+                Ok(_) => return,
+                Err(AttachError::Starting(_)) => return,
+                Err(error) if error.is_transient() => {
+                    tracing::warn!(session = %id, %error, "session waits");
+                    std::thread::sleep(pause);
+                    pause = (pause * 2).min(Duration::from_secs(1));
+                }
+                Err(error) => {
+                    tracing::error!(session = %id, %error, "session cannot be resumed");
+                    self.store.remove_all(&Session::store_name(id, ""));
+                    return;
+                }
+            }
+        }
+    }
+
+    fn stored_request(&self, id: SessionId) -> Result<AttachRequest, StoredError> {
+        let fetch = |what: &str| self.store.fetch(&Session::store_name(id, what));
+        let region = fetch("region").ok_or(StoredError::Missing("region"))?;
+        let region = Arc::new(Region::open(region)?);
+        let ledger = Ledger::open(fetch("ledger").ok_or(StoredError::Missing("ledger"))?)?;
+        let doorbells = |kind: &'static str| -> Result<Vec<OwnedFd>, StoredError> {
+            let queues = 0..region.geometry().queue_count;
+            queues.map(|k| fetch(&format!("{kind}{k}")).ok_or(StoredError::Missing(kind))).collect()
+        };
+        let mut memories = Memories::new();
+        for name in self.store.names(&Session::store_name(id, "mem")) {
+            let number = name.rsplit("mem").next().and_then(|number| number.parse().ok());
+            if let (Some(number), Some(fd)) = (number, self.store.fetch(&name)) {
+                let memory = SharedMemory::map(fd, u64::MAX)?;
+                set_memory(&mut memories, number, Some(Arc::new(memory)));
+            }
+        }
+        Ok(AttachRequest {
+            origin: Origin::Store,
+            kicks: doorbells("kick")?,
+            calls: doorbells("call")?,
+            peer: fetch("peer"),
+            attachment: ledger.attachment(),
+            ledger: Some(ledger),
+            memories,
+            region,
+        })
+    }
+}
+
+#[derive(Default)]
+struct Verdicts {
+    suspects: Vec<Suspect>,
+    parked: Vec<Suspect>,
+}
+
+/// Why the store does not hold a whole session.
+#[derive(Debug, thiserror::Error)]
+enum StoredError {
+    #[error("its {0} is missing")]
+    Missing(&'static str),
+    #[error(transparent)]
+    Region(#[from] RegionError),
+}
+
+fn same_memory(a: &Region, b: &Region) -> bool {
+    matches!((a.memory().identity(), b.memory().identity()), (Ok(a), Ok(b)) if a == b)
+}
+
+/// Whether a descriptor is an eventfd: others could block a shard that writes to them.
+pub fn is_eventfd(fd: &impl AsFd) -> bool {
+    use std::os::fd::AsRawFd;
+    std::fs::read_link(format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd()))
+        .is_ok_and(|target| target.as_os_str() == "anon_inode:[eventfd]")
+}

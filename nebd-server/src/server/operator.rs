@@ -1,0 +1,454 @@
+//! What the operator asks for over the admin socket.
+
+use std::sync::atomic::Ordering::{Acquire, Relaxed};
+
+use nebd_abi::VolumeName;
+use nebd_abi::host::DeathCause;
+use nebd_abi::layout::ServerState;
+use nebd_backend::{BackendError, VolumeSpec};
+use nebd_rpc::admin;
+
+use super::Server;
+use crate::admin::{AdminApi, AdminError, Caller};
+use crate::control::Notice;
+use crate::registry::{Record, RegistryError};
+use crate::session::Session;
+use crate::shard::Command;
+
+/// Smallest volume.
+const VOLUME_BYTES_MIN: u64 = 1 << 20;
+
+fn registry_error(
+    volume: &VolumeName,
+    action: &'static str,
+) -> impl FnOnce(RegistryError) -> AdminError {
+    let volume = volume.to_string();
+    move |error| {
+        let source = match error {
+            RegistryError::File { source, .. } => source,
+            damaged => std::io::Error::other(damaged),
+        };
+        AdminError::Registry { volume, action, source }
+    }
+}
+
+impl Server {
+    fn record_for(
+        &self,
+        caller: &Caller,
+        name: &VolumeName,
+        action: &'static str,
+        write: bool,
+    ) -> Result<Record, AdminError> {
+        let record = self
+            .registry
+            .record(name)
+            .ok_or_else(|| AdminError::NotFound { volume: name.to_string() })?;
+        if !record.permits(caller.uid, caller.gid, write) {
+            return Err(AdminError::Denied { volume: name.to_string(), uid: caller.uid, action });
+        }
+        Ok(record)
+    }
+
+    /// Only the owner and root may change what a volume is.
+    fn record_as_owner(
+        &self,
+        caller: &Caller,
+        name: &VolumeName,
+        action: &'static str,
+    ) -> Result<Record, AdminError> {
+        let record = self.record_for(caller, name, action, false)?;
+        if !caller.is_root() && caller.uid != record.owner_uid {
+            return Err(AdminError::Denied { volume: name.to_string(), uid: caller.uid, action });
+        }
+        Ok(record)
+    }
+
+    fn describe(&self, name: &VolumeName, record: &Record) -> admin::Volume {
+        let open = self.volumes.open(name);
+        let parked = open.as_ref().and_then(|volume| volume.parked());
+        admin::Volume {
+            name: name.to_string(),
+            size_bytes: open.as_ref().map_or(record.size, |volume| volume.size()),
+            block_size: record.block_size,
+            owner_uid: record.owner_uid,
+            owner_gid: record.owner_gid,
+            mode: record.mode,
+            path: record.path.as_ref().map_or(String::new(), |path| path.display().to_string()),
+            sessions: self.session_count(name),
+            parked: parked.is_some(),
+            parked_reason: parked.unwrap_or_default(),
+            epoch: open.map_or(String::new(), |volume| volume.epoch.to_string()),
+        }
+    }
+
+    fn spec_of(&self, request: &admin::CreateVolumeRequest) -> Result<VolumeSpec, AdminError> {
+        let name: VolumeName = request.name.parse()?;
+        let invalid = |field, value: String, rule| {
+            Err(AdminError::Invalid { volume: name.to_string(), field, value, rule })
+        };
+        let block_size = if request.block_size == 0 { 4096 } else { request.block_size };
+        if block_size != 512 && block_size != 4096 {
+            return invalid("block size", block_size.to_string(), "it is 512 or 4096");
+        }
+        let size = request.size_bytes;
+        if size % u64::from(block_size) != 0 {
+            return invalid("size", size.to_string(), "it is a multiple of the block size");
+        }
+        if request.path.is_empty() && size < VOLUME_BYTES_MIN {
+            return invalid("size", size.to_string(), "it is at least 1 MiB");
+        }
+        let path = (!request.path.is_empty()).then(|| request.path.clone().into());
+        Ok(VolumeSpec { name, size, block_size, path })
+    }
+
+    /// Changes a volume's size; repeated with the same operation id it answers as before.
+    pub fn resize(
+        &self,
+        name: &VolumeName,
+        operation: &[u8],
+        size: u64,
+        shrink: bool,
+    ) -> Result<u64, AdminError> {
+        // One at a time: the answer is remembered before another resize can change it.
+        let _turn = self.resize.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(answered) = self.registry.answered(operation, "resize", name) {
+            return Ok(answered);
+        }
+        let mut record = self
+            .registry
+            .record(name)
+            .ok_or_else(|| AdminError::NotFound { volume: name.to_string() })?;
+        let open = self.volumes.open(name);
+        let present = open.as_ref().map_or(record.size, |volume| volume.size());
+        if size < present && !shrink {
+            let (volume, size_bytes, present_bytes) = (name.clone(), size, present);
+            return Err(AdminError::Shrink { volume, size_bytes, present_bytes });
+        }
+        if size == 0 || size % u64::from(record.block_size) != 0 {
+            return Err(AdminError::Invalid {
+                volume: name.to_string(),
+                field: "size",
+                value: size.to_string(),
+                rule: "it is a multiple of the block size, and not 0",
+            });
+        }
+        let size = match &open {
+            Some(volume) => self.resize_open(volume, size)?,
+            None => self.resize_closed(name, &record, size)?,
+        };
+        crate::failpoint!("resize-before-record");
+        record.size = size;
+        self.registry.put(name, record).map_err(registry_error(name, "write"))?;
+        self.registry
+            .answer(operation, "resize", name, size)
+            .map_err(registry_error(name, "write"))?;
+        for session in self.sessions_of(name) {
+            session.region.header().volume_size.store(size, Relaxed);
+            self.notices.send(Notice::Resized(session.id, size));
+        }
+        Ok(size)
+    }
+
+    fn resize_open(
+        &self,
+        volume: &crate::volume::OpenVolume,
+        size: u64,
+    ) -> Result<u64, AdminError> {
+        // Shrinking: nothing new may start beyond the end before the end moves.
+        let before = volume.size.fetch_min(size, Relaxed);
+        match volume.volume.resize(size) {
+            Ok(size) => {
+                volume.size.store(size, Relaxed);
+                Ok(size)
+            }
+            Err(error) => {
+                volume.size.store(before, Relaxed);
+                Err(error.into())
+            }
+        }
+    }
+
+    fn resize_closed(
+        &self,
+        name: &VolumeName,
+        record: &Record,
+        size: u64,
+    ) -> Result<u64, AdminError> {
+        let backend = self.backend_of(name)?;
+        let context = nebd_backend::OpenContext {
+            previous_major: None,
+            host_major: self.host_major,
+            generation: self.generation,
+            store: self.store.clone(),
+        };
+        let volume = self.volumes.acquire(name, || {
+            let opened = backend.open(&record.spec(name), &context)?;
+            let epoch = nebd_abi::Epoch::new(opened.major, self.generation);
+            Ok(crate::volume::OpenVolume::new(name.clone(), record.block_size, epoch, opened))
+        })?;
+        let resized = self.resize_open(&volume, size);
+        drop(volume);
+        self.volumes.release(name);
+        resized
+    }
+
+    fn backend_of(&self, name: &VolumeName) -> Result<&dyn nebd_backend::Backend, AdminError> {
+        self.backend(name).ok_or_else(|| AdminError::Backend {
+            volume: name.clone(),
+            known: self.backends.iter().map(|b| b.kind()).collect::<Vec<_>>().join(", "),
+        })
+    }
+
+    fn unpark(
+        &self,
+        caller: &Caller,
+        name: &str,
+        abort: bool,
+    ) -> Result<admin::Volume, AdminError> {
+        let name: VolumeName = name.parse()?;
+        let record = self.record_as_owner(caller, &name, "unpark")?;
+        let open = self.volumes.open(&name).filter(|volume| volume.parked().is_some());
+        let open = open.ok_or_else(|| AdminError::NotParked { volume: name.clone() })?;
+        let suspects = self.quarantine().unpark(&name);
+        open.set_parked(None);
+        if abort {
+            for suspect in suspects {
+                let (session, queue, request) = (suspect.session, suspect.queue, suspect.request);
+                self.shards[suspect.shard].send(Command::Abort { session, queue, request });
+            }
+            self.park_sessions(&name, false);
+        } else {
+            for suspect in &suspects {
+                if let Some(session) = self.session(suspect.session) {
+                    let depth = session.region.geometry().queue_depth;
+                    session.ledger.forgive(suspect.queue * depth + suspect.request.slot);
+                }
+            }
+            self.park_sessions(&name, false);
+            self.quarantine().admit(suspects);
+            self.issue_suspect();
+        }
+        tracing::warn!(volume = %name, abort, "volume unparked by the operator");
+        Ok(self.describe(&name, &record))
+    }
+
+    fn describe_session(&self, session: &Session) -> admin::Session {
+        let header = session.region.header();
+        let params = session.region.params();
+        let counters = &session.counters;
+        let attachment = session.ledger.attachment();
+        let state = if session.is_draining() {
+            "draining"
+        } else if session.volume.parked().is_some() {
+            "parked"
+        } else {
+            match ServerState::from_bits(header.server_state.load(Acquire)) {
+                ServerState::Serving => "serving",
+                ServerState::Parked => "parked",
+                ServerState::Detached => "detached",
+                ServerState::Absent => "opening",
+            }
+        };
+        admin::Session {
+            id: session.id.to_string(),
+            volume: session.volume.name.to_string(),
+            client_pid: attachment.client_pid,
+            client_uid: attachment.client_uid,
+            client_version: params.client_version.clone(),
+            layout_version: params.version as u32,
+            state: state.to_owned(),
+            epoch: session.volume.epoch.to_string(),
+            connected: session.is_connected(),
+            queues: session
+                .shards
+                .iter()
+                .zip(&counters.in_flight)
+                .map(|(shard, in_flight)| admin::Queue {
+                    depth: params.geometry.queue_depth,
+                    in_flight: in_flight.load(Relaxed),
+                    shard: *shard as u32,
+                })
+                .collect(),
+            requests: counters.requests.load(Relaxed),
+            errors: counters.errors.load(Relaxed),
+            bytes_read: counters.bytes_read.load(Relaxed),
+            bytes_written: counters.bytes_written.load(Relaxed),
+            takeovers: header.takeovers.load(Relaxed),
+            blackout_last_us: header.blackout_last_us.load(Relaxed),
+            blackout_worst_us: header.blackout_worst_us.load(Relaxed),
+            reissued: session.reissued,
+        }
+    }
+}
+
+impl AdminApi for Server {
+    fn create_volume(
+        &self,
+        caller: &Caller,
+        request: admin::CreateVolumeRequest,
+    ) -> Result<admin::Volume, AdminError> {
+        let spec = self.spec_of(&request)?;
+        let name = spec.name.clone();
+        if spec.path.is_some() && !caller.is_root() {
+            // The server opens paths with its own rights.
+            let (volume, action) = (name.to_string(), "use a path of the host");
+            return Err(AdminError::Denied { volume, uid: caller.uid, action });
+        }
+        let backend = self.backend_of(&name)?;
+        let existing = self.registry.record(&name);
+        if self.registry.answered(&request.operation_id, "create", &name).is_some()
+            && let Some(record) = &existing
+        {
+            return Ok(self.describe(&name, record));
+        }
+        if existing.is_some() {
+            return Err(AdminError::Exists { volume: name });
+        }
+        let mut owner = (caller.uid, caller.gid);
+        if caller.is_root() {
+            owner = (request.owner_uid.unwrap_or(owner.0), request.owner_gid.unwrap_or(owner.1));
+        }
+        let mode = request.mode.unwrap_or(0o600) & 0o666;
+        let created = self.volumes.while_closed(&name, || -> Result<Record, AdminError> {
+            let write = |kind| {
+                let answered = self.registry.answer(&request.operation_id, kind, &name, spec.size);
+                answered.map_err(registry_error(&name, "write"))
+            };
+            // A predecessor may have died between making the volume and recording it: the same
+            // operation then finds what it made.
+            let begun = self.registry.answered(&request.operation_id, "creating", &name).is_some();
+            write("creating")?;
+            let spec = match backend.create(&spec) {
+                Err(BackendError::Exists(_)) if begun => {
+                    VolumeSpec { size: backend.observe(&spec)?, ..spec.clone() }
+                }
+                created => created?,
+            };
+            crate::failpoint!("create-before-record");
+            let record = Record::new(&spec, owner.0, owner.1, mode);
+            write("create")?;
+            self.registry.put(&name, record.clone()).map_err(registry_error(&name, "write"))?;
+            Ok(record)
+        });
+        let record = created.ok_or_else(|| AdminError::Exists { volume: name.clone() })??;
+        tracing::info!(volume = %name, size = record.size, uid = caller.uid, "volume created");
+        Ok(self.describe(&name, &record))
+    }
+
+    fn list_volumes(&self, caller: &Caller) -> Result<Vec<admin::Volume>, AdminError> {
+        let records = self.registry.records();
+        let visible = records.iter().filter(|(_, r)| r.permits(caller.uid, caller.gid, false));
+        Ok(visible.map(|(name, record)| self.describe(name, record)).collect())
+    }
+
+    fn volume(
+        &self,
+        caller: &Caller,
+        request: admin::GetVolumeRequest,
+    ) -> Result<admin::Volume, AdminError> {
+        let name: VolumeName = request.name.parse()?;
+        let record = self.record_for(caller, &name, "look at it", false)?;
+        Ok(self.describe(&name, &record))
+    }
+
+    fn resize_volume(
+        &self,
+        caller: &Caller,
+        request: admin::ResizeVolumeRequest,
+    ) -> Result<admin::Volume, AdminError> {
+        let name: VolumeName = request.name.parse()?;
+        self.record_as_owner(caller, &name, "resize it")?;
+        self.resize(&name, &request.operation_id, request.size_bytes, request.shrink)?;
+        let record = self.record_as_owner(caller, &name, "resize it")?;
+        Ok(self.describe(&name, &record))
+    }
+
+    fn delete_volume(
+        &self,
+        caller: &Caller,
+        request: admin::DeleteVolumeRequest,
+    ) -> Result<(), AdminError> {
+        let name: VolumeName = request.name.parse()?;
+        if self.registry.answered(&request.operation_id, "delete", &name).is_some()
+            && self.registry.record(&name).is_none()
+        {
+            return Ok(());
+        }
+        let record = self.record_as_owner(caller, &name, "delete it")?;
+        let backend = self.backend_of(&name)?;
+        let deleted = self.volumes.while_closed(&name, || -> Result<(), AdminError> {
+            match backend.delete(&record.spec(&name)) {
+                // A predecessor died between the two steps.
+                Ok(()) | Err(BackendError::NotFound(_)) => {}
+                Err(error) => return Err(error.into()),
+            }
+            crate::failpoint!("delete-before-record");
+            let answered = self.registry.answer(&request.operation_id, "delete", &name, 0);
+            answered.map_err(registry_error(&name, "write"))?;
+            self.registry.remove(&name).map_err(registry_error(&name, "write"))
+        });
+        deleted.ok_or_else(|| AdminError::Attached {
+            volume: name.clone(),
+            sessions: self.session_count(&name),
+        })??;
+        tracing::info!(volume = %name, uid = caller.uid, "volume deleted");
+        Ok(())
+    }
+
+    fn unpark_volume(
+        &self,
+        caller: &Caller,
+        request: admin::UnparkVolumeRequest,
+    ) -> Result<admin::Volume, AdminError> {
+        self.unpark(caller, &request.name, false)
+    }
+
+    fn abort_volume(
+        &self,
+        caller: &Caller,
+        request: admin::AbortVolumeRequest,
+    ) -> Result<admin::Volume, AdminError> {
+        self.unpark(caller, &request.name, true)
+    }
+
+    fn status(&self, caller: &Caller) -> Result<admin::Status, AdminError> {
+        let mut sessions = self.sessions();
+        sessions.sort_by(|a, b| (&a.volume.name, a.id).cmp(&(&b.volume.name, b.id)));
+        let visible = |session: &Session| {
+            let record = self.registry.record(&session.volume.name);
+            record.is_some_and(|record| record.permits(caller.uid, caller.gid, false))
+        };
+        Ok(admin::Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            generation: self.generation.0,
+            uptime_ms: self.started.elapsed().as_millis() as u64,
+            file_engine: self.file_engine.clone(),
+            fd_store: self.has_store(),
+            sessions: sessions
+                .iter()
+                .filter(|session| visible(session))
+                .map(|session| self.describe_session(session))
+                .collect(),
+            volumes: self.list_volumes(caller)?,
+            shards: self.shards.len() as u32,
+            last_death: match self.last_death {
+                DeathCause::Unknown => String::new(),
+                DeathCause::Exit => "exit".to_owned(),
+                DeathCause::Killed => "killed".to_owned(),
+                DeathCause::Crash => "crash".to_owned(),
+                DeathCause::Watchdog => "watchdog".to_owned(),
+            },
+            resident_bytes: resident_bytes(),
+        })
+    }
+}
+
+/// Private resident memory of this process.
+fn resident_bytes() -> u64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let mut words = statm.split_whitespace().skip(1).map(|word| word.parse::<u64>().unwrap_or(0));
+    let (resident, shared) = (words.next().unwrap_or(0), words.next().unwrap_or(0));
+    resident.saturating_sub(shared) * rustix::param::page_size() as u64
+}

@@ -1,0 +1,230 @@
+//! A session: one volume attached by one part client.
+//!
+//! ```text
+//!             attach                     detach, or the client died
+//!   (none) ──────────► serving ─────────────────────────────────► draining ──► (none)
+//!                       │   ▲                                        ▲
+//!        three deaths   ▼   │ unpark, abort                          │ nonsense in its region
+//!                      parked ───────────────────────────────────────┘
+//! ```
+//!
+//! A takeover finds sessions in the descriptor store (or has them presented by their clients) and
+//! starts them again as they were: parked ones stay parked.
+
+pub mod ledger;
+mod translate;
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nebd_abi::control::{AttachFlags, VolumeInfo};
+use nebd_abi::layout::{MEMORIES_MAX, ServerState, SessionId, TRANSFER_BYTES_MAX};
+use nebd_abi::region::{Region, SharedMemory};
+
+use crate::volume::OpenVolume;
+use ledger::Ledger;
+pub use translate::{Rejected, Translated, translate};
+
+/// Registered memories by id.
+pub type Memories = Vec<Option<Arc<SharedMemory>>>;
+
+/// A session, shared by the control thread and the shards that serve its queues.
+pub struct Session {
+    /// Its identity.
+    pub id: SessionId,
+    /// The client's memory.
+    pub region: Arc<Region>,
+    /// The volume.
+    pub volume: Arc<OpenVolume>,
+    /// What outlives this server.
+    pub ledger: Ledger,
+    /// How it was attached.
+    pub flags: AttachFlags,
+    /// Rung by the client; one a queue.
+    pub kicks: Vec<OwnedFd>,
+    /// Rung by the server; one a queue.
+    pub calls: Vec<OwnedFd>,
+    /// The client's process.
+    pub peer: Option<OwnedFd>,
+    /// Where its queues are served.
+    pub shards: Vec<usize>,
+    /// Counters.
+    pub counters: Counters,
+    /// Requests taken up from a predecessor.
+    pub reissued: u32,
+    memories: Mutex<Arc<Memories>>,
+    memories_version: AtomicU64,
+    /// Queues that still have requests at the backend or are still served.
+    pub queues_left: AtomicU32,
+    draining: AtomicBool,
+    connected: AtomicBool,
+}
+
+/// Counted by shards, read by `status`.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Requests answered.
+    pub requests: AtomicU64,
+    /// Of them, with an errno.
+    pub errors: AtomicU64,
+    /// Bytes read.
+    pub bytes_read: AtomicU64,
+    /// Bytes written.
+    pub bytes_written: AtomicU64,
+    /// In flight, one counter a queue.
+    pub in_flight: Vec<AtomicU32>,
+}
+
+/// What a session is made of; see [`Session`] for the fields.
+pub struct SessionParts {
+    #[allow(missing_docs)]
+    pub region: Arc<Region>,
+    #[allow(missing_docs)]
+    pub volume: Arc<OpenVolume>,
+    #[allow(missing_docs)]
+    pub ledger: Ledger,
+    #[allow(missing_docs)]
+    pub flags: AttachFlags,
+    #[allow(missing_docs)]
+    pub kicks: Vec<OwnedFd>,
+    #[allow(missing_docs)]
+    pub calls: Vec<OwnedFd>,
+    #[allow(missing_docs)]
+    pub peer: Option<OwnedFd>,
+    #[allow(missing_docs)]
+    pub memories: Memories,
+    #[allow(missing_docs)]
+    pub shards: Vec<usize>,
+    #[allow(missing_docs)]
+    pub reissued: u32,
+}
+
+impl Session {
+    /// A session about to be served.
+    pub fn new(parts: SessionParts) -> Session {
+        let queue_count = parts.region.geometry().queue_count;
+        Session {
+            id: parts.region.params().session,
+            counters: Counters {
+                in_flight: (0..queue_count).map(|_| AtomicU32::new(0)).collect(),
+                ..Counters::default()
+            },
+            queues_left: AtomicU32::new(queue_count),
+            region: parts.region,
+            volume: parts.volume,
+            ledger: parts.ledger,
+            flags: parts.flags,
+            kicks: parts.kicks,
+            calls: parts.calls,
+            peer: parts.peer,
+            shards: parts.shards,
+            reissued: parts.reissued,
+            memories: Mutex::new(Arc::new(parts.memories)),
+            memories_version: AtomicU64::new(1),
+            draining: AtomicBool::new(false),
+            connected: AtomicBool::new(false),
+        }
+    }
+
+    /// What the client is told of its volume.
+    pub fn info(&self) -> VolumeInfo {
+        VolumeInfo {
+            size: self.volume.size(),
+            block_size: self.volume.block_size,
+            read_only: self.is_read_only(),
+            can_discard: self.volume.capabilities.discard,
+            can_write_zeroes: self.volume.capabilities.write_zeroes,
+            epoch: self.volume.epoch,
+            transfer_bytes_max: TRANSFER_BYTES_MAX,
+            incarnation: self.volume.incarnation,
+        }
+    }
+
+    /// Whether mutations are refused.
+    pub fn is_read_only(&self) -> bool {
+        self.flags.contains(AttachFlags::READ_ONLY)
+    }
+
+    /// Says in the region who serves it, and how.
+    pub fn publish_state(&self, state: ServerState) {
+        let header = self.region.header();
+        header.epoch.store(self.volume.epoch.to_bits(), Relaxed);
+        header.volume_size.store(self.volume.size(), Relaxed);
+        header.server_pid.store(std::process::id(), Relaxed);
+        header.death.store(0, Relaxed);
+        header.server_state.store(state as u32, Release);
+    }
+
+    /// The registered memories as of now.
+    pub fn memories(&self) -> Arc<Memories> {
+        lock(&self.memories).clone()
+    }
+
+    /// Changes with every change of the memories.
+    pub fn memories_version(&self) -> u64 {
+        self.memories_version.load(Acquire)
+    }
+
+    /// Registers a memory, or forgets it.
+    pub fn set_memory(&self, id: u32, memory: Option<Arc<SharedMemory>>) {
+        let mut memories = lock(&self.memories);
+        let table = Arc::make_mut(&mut memories);
+        set_memory(table, id, memory);
+        self.memories_version.fetch_add(1, Release);
+    }
+
+    /// No request is taken any more; those at the backend are awaited.
+    pub fn start_draining(&self) -> bool {
+        !self.draining.swap(true, Relaxed)
+    }
+
+    /// Whether it is on its way out.
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Relaxed)
+    }
+
+    /// Whether its client is connected; it need not be, for its rings to be served.
+    pub fn is_connected(&self) -> bool {
+        self.connected.load(Relaxed)
+    }
+
+    /// Its client has connected, or lost its connection.
+    pub fn set_connected(&self, connected: bool) {
+        self.connected.store(connected, Relaxed);
+    }
+
+    /// Name of one of its descriptors in the store.
+    pub fn store_name(id: SessionId, what: &str) -> String {
+        format!("s.{id}.{what}")
+    }
+
+    /// Every descriptor that a successor needs, with its name in the store.
+    pub fn stored_fds(&self) -> Vec<(String, BorrowedFd<'_>)> {
+        let name = |what: &str| Session::store_name(self.id, what);
+        let mut fds =
+            vec![(name("ledger"), self.ledger.fd()), (name("region"), self.region.memory().fd())];
+        for (k, (kick, call)) in self.kicks.iter().zip(&self.calls).enumerate() {
+            fds.push((name(&format!("kick{k}")), kick.as_fd()));
+            fds.push((name(&format!("call{k}")), call.as_fd()));
+        }
+        fds.extend(self.peer.as_ref().map(|peer| (name("peer"), peer.as_fd())));
+        fds
+    }
+}
+
+/// Puts a memory into a table; ids beyond the limit are ignored (they were refused earlier).
+pub fn set_memory(table: &mut Memories, id: u32, memory: Option<Arc<SharedMemory>>) {
+    if id == 0 || id > MEMORIES_MAX {
+        return;
+    }
+    if table.len() <= id as usize {
+        table.resize(id as usize + 1, None);
+    }
+    table[id as usize] = memory;
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,444 @@
+//! A shard: one thread that serves queues, alone.
+//!
+//! ```text
+//!          kick                 nothing for a while
+//!  asleep ──────► active ◄────────────────────────► (each queue)
+//!
+//!  pass:  commands ─► pop and dispatch each active queue ─► flush ─► drain ─► publish ─► call
+//!  idle:  spin a little (if that has paid lately) ─► every queue asleep ─► epoll
+//! ```
+//!
+//! What dies at any point of a pass is found again by the successor: a popped request is still in
+//! its slot, a finished one without a published completion is issued again.
+
+mod queue;
+mod spin;
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, Sender, unbounded};
+use nebd_abi::Generation;
+use nebd_abi::host::HostPage;
+use nebd_abi::layout::SessionId;
+use nebd_abi::ring::{Request as RingRequest, RingViolation, ServerQueue};
+use nebd_backend::{Done, Lane, LaneConfig, Mailbox};
+use rustix::event::{Timespec, epoll};
+
+use crate::session::Session;
+use queue::{QueueTask, Served};
+use spin::Spin;
+
+/// How often a shard with requests in flight shows that it lives.
+const HEARTBEAT: Duration = Duration::from_millis(250);
+/// Passes between looks at the doorbells while busy.
+const PASSES_PER_POLL: u32 = 16;
+/// `data` of the lane's descriptors in epoll.
+const LANE_KEY: u64 = u64::MAX;
+
+/// A queue to be served.
+pub struct QueueSetup {
+    /// Its session.
+    pub session: Arc<Session>,
+    /// Which of the session's queues.
+    pub index: u32,
+    /// The server's half of the ring.
+    pub ring: ServerQueue,
+    /// Requests in flight under a predecessor, to be issued again.
+    pub reissue: Vec<RingRequest>,
+    /// Whether its volume is parked.
+    pub parked: bool,
+}
+
+/// What a shard is told.
+pub enum Command {
+    /// Serve a queue.
+    Serve(Box<QueueSetup>),
+    /// Issue one suspect, and tell when it is answered.
+    Suspect {
+        /// Its session.
+        session: SessionId,
+        /// Its queue.
+        queue: u32,
+        /// The request.
+        request: RingRequest,
+    },
+    /// Answer a request that was never dispatched with `EIO`.
+    Abort {
+        /// Its session.
+        session: SessionId,
+        /// Its queue.
+        queue: u32,
+        /// The request.
+        request: RingRequest,
+    },
+    /// Hold the session's requests back, or let them go on.
+    Park(SessionId, bool),
+    /// Take no more requests; tell when the last is answered.
+    Drain(SessionId),
+    /// Show a sign of life.
+    Probe,
+}
+
+/// What a shard tells the control thread.
+#[derive(Debug)]
+pub enum ShardEvent {
+    /// A client broke the rules of the ring.
+    Violation(SessionId, RingViolation),
+    /// A draining queue has nothing at the backend any more and is served no longer.
+    Drained(SessionId),
+    /// A suspect was answered.
+    SuspectAnswered(SessionId),
+}
+
+/// Where shards put their events.
+#[derive(Clone)]
+pub struct EventSink {
+    sender: Sender<ShardEvent>,
+    doorbell: Arc<OwnedFd>,
+}
+
+impl EventSink {
+    /// A sink, and where its events come out; `doorbell` is rung for each.
+    pub fn new(doorbell: Arc<OwnedFd>) -> (EventSink, Receiver<ShardEvent>) {
+        let (sender, receiver) = unbounded();
+        (EventSink { sender, doorbell }, receiver)
+    }
+
+    fn send(&self, event: ShardEvent) {
+        if self.sender.send(event).is_ok() {
+            let _ = rustix::io::write(&*self.doorbell, &1u64.to_ne_bytes());
+        }
+    }
+}
+
+/// What every shard of a server shares.
+#[derive(Clone)]
+pub struct ShardContext {
+    /// The host page.
+    pub host: Arc<HostPage>,
+    /// This server's generation.
+    pub generation: Generation,
+    /// How lanes are set up.
+    pub lane: LaneConfig,
+    /// Longest spin.
+    pub spin: Duration,
+    /// Requests a queue may have at a turn.
+    pub batch: u32,
+    /// When a request at the backend raises an alarm.
+    pub stall_alarm: Duration,
+    /// Where events go.
+    pub events: EventSink,
+}
+
+/// The way to a running shard.
+#[derive(Clone)]
+pub struct ShardHandle {
+    commands: Sender<Command>,
+    mailbox: Arc<Mailbox>,
+}
+
+impl ShardHandle {
+    /// Tells the shard something.
+    pub fn send(&self, command: Command) {
+        // A shard ends only with its process.
+        if self.commands.send(command).is_ok() {
+            self.mailbox.ring();
+        }
+    }
+}
+
+/// Starts shard `index`; also says how its lane does file IO.
+pub fn spawn(index: usize, context: ShardContext) -> io::Result<ShardHandle> {
+    let (ready_sender, ready) = crossbeam::channel::bounded(1);
+    let (commands, receiver) = unbounded();
+    std::thread::Builder::new().name(format!("nebd-shard-{index}")).spawn(
+        move || match Shard::new(index, context, receiver) {
+            Ok(mut shard) => {
+                let _ = ready_sender.send(Ok(shard.lane.mailbox().clone()));
+                shard.run();
+            }
+            Err(error) => _ = ready_sender.send(Err(error)),
+        },
+    )?;
+    let mailbox = ready.recv().unwrap_or_else(|_| Err(io::Error::other("the shard panicked")))?;
+    Ok(ShardHandle { commands, mailbox })
+}
+
+struct Shard {
+    index: usize,
+    context: ShardContext,
+    lane: Lane,
+    epoll: OwnedFd,
+    commands: Receiver<Command>,
+    queues: Vec<Option<Box<QueueTask>>>,
+    by_session: HashMap<(SessionId, u32), usize>,
+    /// Keys of queues that are looked at in each pass.
+    active: Vec<usize>,
+    /// Requests at the backend, over all queues.
+    in_flight: usize,
+    done: Vec<Done>,
+    touched: Vec<usize>,
+    events: Vec<epoll::Event>,
+    heartbeat_at: Instant,
+}
+
+impl Shard {
+    fn new(index: usize, context: ShardContext, commands: Receiver<Command>) -> io::Result<Shard> {
+        let lane = Lane::new(&context.lane)?;
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        for fd in lane.wait_fds() {
+            let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+            epoll::add(&epoll, fd, epoll::EventData::new_u64(LANE_KEY), flags)?;
+        }
+        Ok(Shard {
+            index,
+            context,
+            lane,
+            epoll,
+            commands,
+            queues: Vec::new(),
+            by_session: HashMap::new(),
+            active: Vec::new(),
+            in_flight: 0,
+            done: Vec::with_capacity(256),
+            touched: Vec::with_capacity(256),
+            events: Vec::with_capacity(256),
+            heartbeat_at: Instant::now(),
+        })
+    }
+
+    fn run(&mut self) {
+        let mut spin = Spin::new(self.context.spin);
+        let mut passes = 0u32;
+        loop {
+            let busy = self.pass();
+            passes = passes.wrapping_add(1);
+            if passes % PASSES_PER_POLL == 0 {
+                self.poll(Some(Duration::ZERO));
+                self.beat();
+            }
+            if busy {
+                spin.worked();
+            } else if !spin.again() {
+                self.sleep();
+            }
+        }
+    }
+
+    /// One round; whether anything was done.
+    fn pass(&mut self) -> bool {
+        let mut busy = false;
+        while let Ok(command) = self.commands.try_recv() {
+            self.obey(command);
+            busy = true;
+        }
+        let mut at = 0;
+        while at < self.active.len() {
+            let key = self.active[at];
+            let served = self.serve(key);
+            busy |= matches!(served, Served::Some);
+            if matches!(served, Served::Asleep) {
+                self.active.swap_remove(at);
+            } else {
+                at += 1;
+            }
+        }
+        self.lane.flush();
+        self.reap() | busy
+    }
+
+    /// Pops and dispatches what one queue has.
+    fn serve(&mut self, key: usize) -> Served {
+        let Some(task) = self.queues.get_mut(key).and_then(Option::as_mut) else {
+            return Served::Asleep;
+        };
+        let before = task.in_flight_count;
+        let served = task.serve(&mut self.lane, &self.context);
+        self.in_flight += task.in_flight_count - before;
+        match served {
+            Ok(served) => served,
+            Err(violation) => {
+                task.drain();
+                let session = task.session.id;
+                self.context.events.send(ShardEvent::Violation(session, violation));
+                self.finish_if_drained(key);
+                Served::Asleep
+            }
+        }
+    }
+
+    /// Publishes what backends have answered, then calls each client once.
+    fn reap(&mut self) -> bool {
+        self.lane.drain(&mut self.done);
+        if self.done.is_empty() {
+            return false;
+        }
+        for done in std::mem::take(&mut self.done).drain(..) {
+            let key = (done.tag >> 32) as usize;
+            let Some(task) = self.queues.get_mut(key).and_then(Option::as_mut) else { continue };
+            if task.answer(done.tag as u32, done.result, &self.context) {
+                self.in_flight -= 1;
+            }
+            if !task.touched {
+                task.touched = true;
+                self.touched.push(key);
+            }
+        }
+        crate::failpoint!("after-publish");
+        for key in std::mem::take(&mut self.touched).drain(..) {
+            if let Some(task) = self.queues[key].as_mut() {
+                task.touched = false;
+                task.call_if_needed();
+                self.finish_if_drained(key);
+            }
+        }
+        true
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Serve(setup) => self.add(*setup),
+            Command::Suspect { session, queue, request } => {
+                self.with_queue(session, queue, |task, shard| {
+                    task.dispatch_suspect(&mut shard.lane, &shard.context, request);
+                });
+            }
+            Command::Abort { session, queue, request } => {
+                self.with_queue(session, queue, |task, _| task.abort(&request));
+            }
+            Command::Park(session, parked) => self.with_session(session, |task, shard| {
+                task.set_parked(&mut shard.lane, &shard.context, parked);
+            }),
+            Command::Drain(session) => self.with_session(session, |task, _| task.drain()),
+            Command::Probe => self.context.host.pong(1 + self.index),
+        }
+    }
+
+    fn with_session(&mut self, session: SessionId, act: impl Fn(&mut QueueTask, &mut Shard)) {
+        for queue in 0..nebd_abi::layout::QUEUES_MAX {
+            self.with_queue(session, queue, &act);
+        }
+    }
+
+    fn with_queue(
+        &mut self,
+        session: SessionId,
+        queue: u32,
+        act: impl FnOnce(&mut QueueTask, &mut Shard),
+    ) {
+        let Some(&key) = self.by_session.get(&(session, queue)) else { return };
+        let Some(mut task) = self.queues[key].take() else { return };
+        let before = task.in_flight_count;
+        act(&mut task, self);
+        self.in_flight += task.in_flight_count - before;
+        self.queues[key] = Some(task);
+        self.activate(key);
+        self.finish_if_drained(key);
+    }
+
+    fn add(&mut self, setup: QueueSetup) {
+        let key = self.queues.iter().position(Option::is_none).unwrap_or_else(|| {
+            self.queues.push(None);
+            self.queues.len() - 1
+        });
+        let id = (setup.session.id, setup.index);
+        let kick = &setup.session.kicks[setup.index as usize];
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        if let Err(error) =
+            epoll::add(&self.epoll, kick, epoll::EventData::new_u64(key as u64), flags)
+        {
+            // Only a descriptor that cannot be polled, which no eventfd is: the queue is served all
+            // the same while the shard is awake.
+            tracing::error!(session = %id.0, %error, "cannot watch a doorbell");
+        }
+        let mut task = QueueTask::new(key, setup);
+        task.start(&mut self.lane, &self.context);
+        self.in_flight += task.in_flight_count;
+        self.queues[key] = Some(Box::new(task));
+        self.by_session.insert(id, key);
+        self.activate(key);
+    }
+
+    fn activate(&mut self, key: usize) {
+        if let Some(task) = self.queues.get_mut(key).and_then(Option::as_mut) {
+            if !task.active {
+                task.activate();
+                self.active.push(key);
+            }
+        }
+    }
+
+    fn finish_if_drained(&mut self, key: usize) {
+        let Some(task) = self.queues[key].as_ref().filter(|task| task.is_drained()) else { return };
+        let session = task.session.clone();
+        let _ = epoll::delete(&self.epoll, session.kicks[task.index as usize].as_fd());
+        self.by_session.remove(&(session.id, task.index));
+        self.queues[key] = None;
+        self.active.retain(|active| *active != key);
+        let id = session.id;
+        // Before the event: whoever hears it may count on the region being free.
+        drop(session);
+        self.context.events.send(ShardEvent::Drained(id));
+    }
+
+    fn sleep(&mut self) {
+        let asleep = self
+            .active
+            .iter()
+            .all(|key| self.queues[*key].as_ref().is_none_or(|task| task.ring.sleep()));
+        if asleep && self.lane.sleep() && self.commands.is_empty() {
+            for key in std::mem::take(&mut self.active) {
+                if let Some(task) = self.queues[key].as_mut() {
+                    task.active = false;
+                }
+            }
+            self.poll((self.in_flight > 0).then_some(HEARTBEAT));
+            self.lane.wake();
+            self.beat();
+        } else {
+            self.lane.wake();
+            for key in &self.active {
+                if let Some(task) = self.queues[*key].as_ref() {
+                    task.ring.wake();
+                }
+            }
+        }
+    }
+
+    /// Looks at the doorbells; `None` waits without limit.
+    fn poll(&mut self, timeout: Option<Duration>) {
+        let timeout = timeout.map(|limit| Timespec {
+            tv_sec: limit.as_secs() as i64,
+            tv_nsec: i64::from(limit.subsec_nanos()),
+        });
+        let mut events = std::mem::take(&mut self.events);
+        events.clear();
+        let waited =
+            epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref());
+        if waited.is_ok() {
+            for event in &events {
+                let key = event.data.u64();
+                if key != LANE_KEY {
+                    self.activate(key as usize);
+                }
+            }
+        }
+        self.events = events;
+    }
+
+    /// Shows clients with requests in flight that somebody lives, and looks for stalls.
+    fn beat(&mut self) {
+        if self.in_flight == 0 || self.heartbeat_at.elapsed() < HEARTBEAT {
+            return;
+        }
+        self.heartbeat_at = Instant::now();
+        let now = self.heartbeat_at;
+        for task in self.queues.iter_mut().flatten() {
+            task.beat(now, self.context.stall_alarm);
+        }
+    }
+}

@@ -1,0 +1,341 @@
+//! One queue of one session, as its shard serves it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use nebd_abi::ring::{Request as RingRequest, RingViolation, ServerQueue};
+use nebd_abi::{Errno, Fence, Op};
+use nebd_backend::{Lane, Request};
+
+use super::{QueueSetup, ShardContext, ShardEvent};
+use crate::hooks;
+use crate::session::{Memories, Rejected, Session, Translated, translate};
+
+/// How a turn of a queue went.
+pub(super) enum Served {
+    /// Requests were taken.
+    Some,
+    /// There were none, and the queue stays active.
+    None,
+    /// There have been none for long: it waits for its doorbell.
+    Asleep,
+}
+
+/// Turns without a request after which a queue of a busy shard goes to sleep.
+const IDLE_TURNS_MAX: u32 = 4096;
+
+/// A request at the backend.
+struct InFlight {
+    seq: u64,
+    fence: Fence,
+    op: Op,
+    length: u64,
+    since: Instant,
+    alarmed: bool,
+    suspect: bool,
+    /// Keeps registered memories mapped.
+    _memories: Option<Arc<Memories>>,
+}
+
+pub(super) struct QueueTask {
+    pub(super) session: Arc<Session>,
+    pub(super) index: u32,
+    pub(super) ring: ServerQueue,
+    pub(super) active: bool,
+    pub(super) touched: bool,
+    pub(super) in_flight_count: usize,
+    key: usize,
+    in_flight: Box<[Option<InFlight>]>,
+    /// Not dispatched yet: of the predecessor, or held back while parked.
+    held: Vec<RingRequest>,
+    /// Answered without the backend; the client must be called.
+    answered_inline: bool,
+    parked: bool,
+    draining: bool,
+    idle_turns: u32,
+    memories: Arc<Memories>,
+    memories_version: u64,
+    /// First of the session's slots that belongs to this queue, in the ledger.
+    ledger_base: u32,
+}
+
+impl QueueTask {
+    pub(super) fn new(key: usize, setup: QueueSetup) -> QueueTask {
+        let depth = setup.ring.depth();
+        QueueTask {
+            key,
+            in_flight: (0..depth).map(|_| None).collect(),
+            held: setup.reissue,
+            parked: setup.parked,
+            memories: setup.session.memories(),
+            memories_version: setup.session.memories_version(),
+            ledger_base: setup.index * depth,
+            session: setup.session,
+            index: setup.index,
+            ring: setup.ring,
+            active: false,
+            touched: false,
+            in_flight_count: 0,
+            answered_inline: false,
+            draining: false,
+            idle_turns: 0,
+        }
+    }
+
+    /// Takes up what the predecessor left, and calls the client once: the predecessor may have
+    /// died between publishing and calling.
+    pub(super) fn start(&mut self, lane: &mut Lane, context: &ShardContext) {
+        if !self.parked {
+            self.release_held(lane, context);
+        }
+        self.call();
+    }
+
+    fn release_held(&mut self, lane: &mut Lane, context: &ShardContext) {
+        for request in std::mem::take(&mut self.held) {
+            crate::failpoint!("reissue");
+            self.dispatch(lane, context, &request, false);
+        }
+    }
+
+    pub(super) fn activate(&mut self) {
+        self.active = true;
+        self.idle_turns = 0;
+        self.ring.wake();
+    }
+
+    /// Pops and dispatches up to a batch.
+    pub(super) fn serve(
+        &mut self,
+        lane: &mut Lane,
+        context: &ShardContext,
+    ) -> Result<Served, RingViolation> {
+        if self.parked || self.draining {
+            self.active = false;
+            return Ok(Served::Asleep);
+        }
+        let mut taken = 0;
+        while taken < context.batch {
+            let Some(request) = self.ring.pop()? else { break };
+            crate::failpoint!("after-pop");
+            self.dispatch(lane, context, &request, false);
+            taken += 1;
+        }
+        if self.answered_inline {
+            self.answered_inline = false;
+            self.call_if_needed();
+        }
+        if taken > 0 {
+            self.idle_turns = 0;
+            return Ok(Served::Some);
+        }
+        self.idle_turns += 1;
+        if self.idle_turns > IDLE_TURNS_MAX {
+            if self.ring.sleep() {
+                self.active = false;
+                return Ok(Served::Asleep);
+            }
+            self.ring.wake();
+            self.idle_turns = 0;
+        }
+        Ok(Served::None)
+    }
+
+    fn dispatch(
+        &mut self,
+        lane: &mut Lane,
+        context: &ShardContext,
+        request: &RingRequest,
+        suspect: bool,
+    ) {
+        self.refresh_memories();
+        let translated = match translate(&self.session, &self.memories, request) {
+            Ok(translated) => translated,
+            Err(rejected) => {
+                let result = match rejected {
+                    Rejected::Empty => Ok(()),
+                    Rejected::Errno(errno) => Err(errno),
+                };
+                self.publish(request.slot, request.seq, result);
+                self.count(request.op.ok(), request.length, result);
+                self.answered_inline = true;
+                return;
+            }
+        };
+        if self.in_flight[request.slot as usize].is_some() {
+            // Only a client that rewrites a slot in flight gets here; its memory must not be
+            // handed out twice, and its other request is answered first.
+            return;
+        }
+        let ledger_slot = self.ledger_base + request.slot;
+        self.session.ledger.dispatch(ledger_slot, request.seq, context.generation);
+        hooks::poison(translated.op, request.offset, request.length);
+        self.submit(lane, request, translated, suspect);
+    }
+
+    fn submit(
+        &mut self,
+        lane: &mut Lane,
+        request: &RingRequest,
+        translated: Translated,
+        suspect: bool,
+    ) {
+        let fence = self.session.volume.fence();
+        self.in_flight[request.slot as usize] = Some(InFlight {
+            seq: request.seq,
+            fence,
+            op: translated.op,
+            length: request.length,
+            since: Instant::now(),
+            alarmed: false,
+            suspect,
+            _memories: translated.uses_memories.then(|| self.memories.clone()),
+        });
+        self.in_flight_count += 1;
+        self.counter_in_flight();
+        let tag = (self.key as u64) << 32 | u64::from(request.slot);
+        let mailbox = lane.mailbox().clone();
+        let (offset, length) = match translated.op {
+            Op::Flush => (0, 0),
+            _ => (request.offset, request.length),
+        };
+        let mut io = Request::new(translated.op, translated.flags, offset, length, mailbox, tag);
+        io.segments = translated.segments;
+        io.fence = fence;
+        crate::failpoint!("before-submit");
+        self.session.volume.volume.submit(lane, io);
+        crate::failpoint!("after-submit");
+    }
+
+    /// Issues a suspect, alone among suspects.
+    pub(super) fn dispatch_suspect(
+        &mut self,
+        lane: &mut Lane,
+        context: &ShardContext,
+        request: RingRequest,
+    ) {
+        if self.draining {
+            context.events.send(ShardEvent::SuspectAnswered(self.session.id));
+        } else if self.parked {
+            self.held.push(request);
+            context.events.send(ShardEvent::SuspectAnswered(self.session.id));
+        } else {
+            let slot = request.slot as usize;
+            self.dispatch(lane, context, &request, true);
+            if self.in_flight[slot].is_none() {
+                context.events.send(ShardEvent::SuspectAnswered(self.session.id));
+                self.call_if_needed();
+            }
+        }
+    }
+
+    /// Answers a request that killed servers, without trying it again.
+    pub(super) fn abort(&mut self, request: &RingRequest) {
+        self.held.retain(|held| held.slot != request.slot);
+        self.session.ledger.forgive(self.ledger_base + request.slot);
+        self.publish(request.slot, request.seq, Err(Errno::IO));
+        self.count(None, 0, Err(Errno::IO));
+        self.call_if_needed();
+    }
+
+    /// The backend answered. Whether it was a request of this queue.
+    pub(super) fn answer(
+        &mut self,
+        slot: u32,
+        result: Result<(), Errno>,
+        context: &ShardContext,
+    ) -> bool {
+        let Some(done) = self.in_flight.get_mut(slot as usize).and_then(Option::take) else {
+            return false;
+        };
+        self.in_flight_count -= 1;
+        self.counter_in_flight();
+        self.session.volume.answered(&done.fence);
+        crate::failpoint!("before-publish");
+        self.publish(slot, done.seq, result);
+        hooks::duplicate_completion(&mut self.ring, slot, done.seq);
+        self.session.ledger.done(self.ledger_base + slot);
+        self.count(Some(done.op), done.length, result);
+        if done.suspect {
+            context.events.send(ShardEvent::SuspectAnswered(self.session.id));
+        }
+        true
+    }
+
+    fn publish(&mut self, slot: u32, seq: u64, result: Result<(), Errno>) {
+        self.ring.publish(slot, seq, result);
+    }
+
+    fn count(&self, op: Option<Op>, length: u64, result: Result<(), Errno>) {
+        let counters = &self.session.counters;
+        counters.requests.fetch_add(1, Relaxed);
+        match (op, result) {
+            (_, Err(_)) => _ = counters.errors.fetch_add(1, Relaxed),
+            (Some(Op::Read), _) => _ = counters.bytes_read.fetch_add(length, Relaxed),
+            (Some(Op::Write), _) => _ = counters.bytes_written.fetch_add(length, Relaxed),
+            _ => {}
+        }
+    }
+
+    fn counter_in_flight(&self) {
+        let counter = &self.session.counters.in_flight[self.index as usize];
+        counter.store(self.in_flight_count as u32, Relaxed);
+    }
+
+    pub(super) fn call_if_needed(&self) {
+        if self.ring.call_needed() {
+            self.call();
+        }
+    }
+
+    fn call(&self) {
+        // It fails only if the counter is full, and then the client has been called already.
+        let call = &self.session.calls[self.index as usize];
+        let _ = rustix::io::write(call, &1u64.to_ne_bytes());
+    }
+
+    pub(super) fn set_parked(&mut self, lane: &mut Lane, context: &ShardContext, parked: bool) {
+        self.parked = parked;
+        if !parked && !self.draining {
+            self.release_held(lane, context);
+            self.call_if_needed();
+        }
+    }
+
+    pub(super) fn drain(&mut self) {
+        self.draining = true;
+        self.held.clear();
+    }
+
+    pub(super) fn is_drained(&self) -> bool {
+        self.draining && self.in_flight_count == 0
+    }
+
+    pub(super) fn beat(&mut self, now: Instant, stall_alarm: Duration) {
+        if self.in_flight_count == 0 {
+            return;
+        }
+        self.session.region.header().heartbeat.fetch_add(1, Relaxed);
+        for (slot, request) in self.in_flight.iter_mut().enumerate() {
+            let Some(request) = request else { continue };
+            let waited = now.saturating_duration_since(request.since);
+            if waited >= stall_alarm && !request.alarmed {
+                request.alarmed = true;
+                tracing::warn!(
+                    volume = %self.session.volume.name, session = %self.session.id, slot,
+                    op = ?request.op, waited_ms = waited.as_millis() as u64,
+                    "storage has not answered a request; it goes on waiting"
+                );
+            }
+        }
+    }
+
+    fn refresh_memories(&mut self) {
+        let version = self.session.memories_version();
+        if version != self.memories_version {
+            self.memories_version = version;
+            self.memories = self.session.memories();
+        }
+    }
+}
