@@ -11,7 +11,7 @@
 //! Every shared word is an atomic: the other side may change it at any time, and a plain
 //! reference over such memory would be undefined behaviour.
 
-use std::mem::{align_of, offset_of, size_of};
+use std::mem::{offset_of, size_of};
 use std::sync::atomic::{AtomicU32 as StdU32, AtomicU64 as StdU64, Ordering::Relaxed};
 
 use crate::name::{NAME_BYTES_MAX, VolumeName};
@@ -346,7 +346,7 @@ impl Geometry {
         if self.iovecs_per_slot == 0 || self.iovecs_per_slot > IOVECS_MAX {
             return field("iovecs_per_slot", self.iovecs_per_slot.into());
         }
-        if self.arena_size % PAGE != 0 || self.arena_size > REGION_BYTES_MAX / 2 {
+        if !self.arena_size.is_multiple_of(PAGE) || self.arena_size > REGION_BYTES_MAX / 2 {
             return field("arena_size", self.arena_size);
         }
         Ok(self)

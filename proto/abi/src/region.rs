@@ -68,7 +68,7 @@ impl SharedMemory {
             return Err(RegionError::Unsealed);
         }
         let size = rustix::fs::fstat(&fd).map_err(system("stat"))?.st_size as u64;
-        if size == 0 || size > size_max || size % PAGE != 0 {
+        if size == 0 || size > size_max || !size.is_multiple_of(PAGE) {
             return Err(RegionError::Size(size));
         }
         let map = MmapOptions::new()

@@ -33,6 +33,10 @@ use crate::sync::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use crate::sync::fence;
 use crate::{Epoch, Errno};
 
+pub mod hooks;
+
+use hooks::Rule;
+
 /// A buffer of a request: `length` bytes at `offset` of memory `memory` (0 is the arena).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Buffer {
@@ -105,6 +109,9 @@ impl ClientSubmit {
         // never used) before any field changes.
         shared.seq.store(0, Relaxed);
         fence(Release);
+        if hooks::is_broken(Rule::SeqLast) {
+            shared.seq.store(seq, Release);
+        }
         let count = request.buffers.len();
         let op = u64::from(request.op as u8)
             | u64::from(request.flags.bits()) << 8
@@ -198,12 +205,14 @@ impl ClientReap {
         let slot = slot_result as u32;
         let shared = self.memory.slots().get(slot as usize)?;
         let matches = seq != 0 && shared.seq.load(Relaxed) == seq;
-        if !matches && !hooks::reap_match_is_off() {
+        if !matches && !hooks::is_broken(Rule::ReapMatch) {
             return None;
         }
         // The slot is freed before the head moves on: as long as a successor may see the slot in
         // flight, the entry that completed it has not been overwritten.
-        shared.seq.store(0, Relaxed);
+        if !hooks::is_broken(Rule::ReapFrees) {
+            shared.seq.store(0, Relaxed);
+        }
         let code = (slot_result >> 32) as u32 as i32;
         Some(Completion {
             slot,
@@ -313,7 +322,9 @@ impl ServerQueue {
         let cq_tail = memory.header().cq_tail.word.load(Acquire);
         let mut queue =
             ServerQueue { memory, sq_head, cq_tail, epoch, dispatched: vec![0; depth].into() };
-        queue.mark_done();
+        if !hooks::is_broken(Rule::MarkDone) {
+            queue.mark_done();
+        }
         let mut in_flight: Vec<Request> = (0..depth as u32)
             .filter_map(|slot| {
                 let request = queue.copy(slot)?;
@@ -324,6 +335,9 @@ impl ServerQueue {
                 })
             })
             .collect();
+        if hooks::is_broken(Rule::TailFirst) {
+            queue.sq_head = queue.memory.header().sq_tail.word.load(Acquire);
+        }
         in_flight.sort_by_key(|request| request.seq);
         (queue, in_flight)
     }
@@ -332,7 +346,8 @@ impl ServerQueue {
     fn mark_done(&mut self) {
         let cq = self.memory.cq();
         let depth = self.dispatched.len() as u32;
-        for back in 1..=depth {
+        let newest = u32::from(!hooks::is_broken(Rule::TornEntry));
+        for back in newest..=depth {
             let entry = &cq[self.cq_tail.wrapping_sub(back) as usize % cq.len()];
             let (seq, slot) = (entry.seq.load(Relaxed), entry.slot_result.load(Relaxed) as u32);
             if let Some(dispatched) = self.dispatched.get_mut(slot as usize) {
@@ -396,7 +411,7 @@ impl ServerQueue {
                 .ok()
                 .and_then(|slot| self.dispatched.get_mut(slot))
                 .ok_or(RingViolation::Slot(slot))?;
-            if *remembered == seq {
+            if *remembered == seq && !hooks::is_broken(Rule::DispatchOnce) {
                 continue;
             }
             // An entry whose slot has moved on is stale: it was answered by an earlier server.
@@ -449,26 +464,6 @@ impl ServerQueue {
     /// Slots in this queue.
     pub fn depth(&self) -> u32 {
         self.dispatched.len() as u32
-    }
-}
-
-/// Switches that break a rule on purpose, so that tests can prove they would notice.
-pub mod hooks {
-    #[cfg(feature = "test-hooks")]
-    static REAP_MATCH_OFF: std::sync::atomic::AtomicBool =
-        std::sync::atomic::AtomicBool::new(false);
-
-    /// Test builds only: the client accepts completions that match no request in flight.
-    #[cfg(feature = "test-hooks")]
-    pub fn switch_reap_match_off(off: bool) {
-        REAP_MATCH_OFF.store(off, std::sync::atomic::Ordering::Relaxed);
-    }
-
-    pub(super) fn reap_match_is_off() -> bool {
-        #[cfg(feature = "test-hooks")]
-        return REAP_MATCH_OFF.load(std::sync::atomic::Ordering::Relaxed);
-        #[cfg(not(feature = "test-hooks"))]
-        false
     }
 }
 
