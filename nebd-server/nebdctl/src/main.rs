@@ -1,2 +1,65 @@
-//! (being written)
-fn main() {}
+//! `nebdctl`, the operator's command for nebd.
+
+mod bench;
+mod cli;
+mod connection;
+mod demo;
+mod failure;
+mod manual;
+mod status;
+mod table;
+mod units;
+mod view;
+mod volume;
+
+use std::io::{self, Write as _};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::Parser as _;
+
+use cli::{Cli, Command};
+use connection::Connection;
+use failure::Failure;
+
+fn main() -> ExitCode {
+    // Errors of the command line end here, with exit code 2.
+    let cli = Cli::parse();
+    let (text, failure) = match run(cli) {
+        Ok(text) => (text, None),
+        Err(Failure::Wrong { report, message }) => {
+            (report.clone(), Some(Failure::Wrong { report, message }))
+        }
+        Err(failure) => (String::new(), Some(failure)),
+    };
+    // A reader that has gone away (`nebdctl status | head`) is no error.
+    if let Err(error) = io::stdout().write_all(text.as_bytes())
+        && error.kind() != io::ErrorKind::BrokenPipe
+    {
+        eprintln!("nebdctl: cannot write the result: {error}");
+        return ExitCode::FAILURE;
+    }
+    match failure {
+        None => ExitCode::SUCCESS,
+        Some(failure) => {
+            eprintln!("nebdctl: {failure}");
+            failure.exit_code()
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<String, Failure> {
+    let connect = || {
+        Connection::new(&cli.socket, Duration::from_secs(cli.timeout))
+            .context("cannot start the admin client")
+    };
+    match cli.command {
+        Command::Volume(command) => volume::run(&connect()?, command),
+        Command::Status(output) => status::run(&connect()?, output),
+        Command::Bench(args) => bench::run(&cli.socket, connect()?, &args),
+        Command::Demo(args) => demo::run(&args),
+        Command::Completions { shell } => Ok(manual::completions(shell)),
+        Command::Man { dir } => manual::pages(&dir),
+    }
+}

@@ -1,0 +1,291 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use nebd_client::VolumeName;
+
+use crate::failure::EXIT_CODES;
+use crate::units::{Mode, Owner, Size};
+
+/// The operator's command for nebd
+///
+/// Speaks to a running nebd-server over its admin socket. Results go to standard output, errors to
+/// standard error; with --json the last line of standard output is one JSON object.
+#[derive(Debug, Parser)]
+#[command(name = "nebdctl", version, max_term_width = 100, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// Socket of the server; the admin socket is this path with ".admin" after it
+    #[arg(
+        long,
+        global = true,
+        env = "NEBD_SOCKET",
+        value_name = "PATH",
+        default_value = "/run/nebd/nebd.sock"
+    )]
+    pub socket: PathBuf,
+
+    /// Seconds to wait for an answer of the server
+    #[arg(long, global = true, value_name = "SECONDS", default_value_t = 30)]
+    pub timeout: u64,
+
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Create, list, resize, delete volumes; deal with parked ones
+    #[command(subcommand)]
+    Volume(VolumeCommand),
+    /// Show the server, its sessions and queues, and the blackouts their clients saw
+    Status(OutputArgs),
+    /// Measure a volume through the part client
+    ///
+    /// A write test overwrites what the volume holds. Exit code 4 if a request failed or a block
+    /// was wrong.
+    #[command(after_help = EXIT_CODES)]
+    Bench(BenchArgs),
+    /// Watch a disk outlive its server: kill the server again and again under verified IO
+    ///
+    /// Starts a keeper and a server of its own in a temporary directory, puts a file system on one
+    /// volume and stamped blocks on another, and kills the server with SIGKILL while writes are in
+    /// flight. Needs no configuration, takes less than a minute, and removes what it made.
+    #[command(after_help = EXIT_CODES)]
+    Demo(DemoArgs),
+    /// Print the completion script for a shell
+    Completions {
+        /// For which shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the man pages
+    Man {
+        /// Directory to write them to; made if missing
+        #[arg(long, value_name = "DIR")]
+        dir: PathBuf,
+    },
+}
+
+/// How results are printed.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct OutputArgs {
+    /// Print one JSON object as the last line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What to do with volumes. Volumes are named BACKEND:NAME, such as file:disk1.
+#[derive(Debug, Subcommand)]
+pub enum VolumeCommand {
+    /// Make a volume
+    Create(CreateArgs),
+    /// List the volumes
+    List(OutputArgs),
+    /// Show one volume
+    Info(NamedArgs),
+    /// Change the size of a volume
+    Resize(ResizeArgs),
+    /// Delete a volume that nobody has attached
+    ///
+    /// An image that nebd made is removed; a file or device given with --path stays.
+    Delete(NamedArgs),
+    /// Serve a parked volume again, and give its suspect request another chance
+    Unpark(NamedArgs),
+    /// Serve a parked volume again, and answer its suspect request with EIO
+    Abort(NamedArgs),
+}
+
+/// One volume.
+#[derive(Debug, Args)]
+pub struct NamedArgs {
+    /// The volume, BACKEND:NAME
+    #[arg(value_name = "VOLUME")]
+    pub name: VolumeName,
+    /// How to print
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// A volume to be made.
+#[derive(Debug, Args)]
+pub struct CreateArgs {
+    /// The volume, BACKEND:NAME
+    #[arg(value_name = "VOLUME")]
+    pub name: VolumeName,
+    /// Size, such as 64MiB or 10G; with --path the default is that of the file or device
+    #[arg(long, value_name = "SIZE", required_unless_present = "path")]
+    pub size: Option<Size>,
+    /// Block size, 512 or 4096
+    #[arg(long, value_name = "BYTES", default_value = "4096", value_parser = block_size)]
+    pub block_size: u32,
+    /// An existing file or block device to serve (backend file)
+    #[arg(long, value_name = "PATH")]
+    pub path: Option<PathBuf>,
+    /// Who owns the volume, in numbers [default: you]
+    #[arg(long, value_name = "UID:GID")]
+    pub owner: Option<Owner>,
+    /// Who may attach it: r to read, w to write [default: 0600]
+    #[arg(long, value_name = "OCTAL")]
+    pub mode: Option<Mode>,
+    /// How to print
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// A new size.
+#[derive(Debug, Args)]
+pub struct ResizeArgs {
+    /// The volume, BACKEND:NAME
+    #[arg(value_name = "VOLUME")]
+    pub name: VolumeName,
+    /// New size, such as 64MiB or 10G
+    #[arg(long, value_name = "SIZE")]
+    pub size: Size,
+    /// Allow a smaller size; what lies beyond is lost
+    #[arg(long)]
+    pub shrink: bool,
+    /// How to print
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// What the benchmark asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BenchOp {
+    /// Reads at random offsets
+    Randread,
+    /// Writes at random offsets
+    Randwrite,
+    /// Sequential reads
+    Read,
+    /// Sequential writes
+    Write,
+}
+
+impl BenchOp {
+    /// Whether it changes the volume.
+    pub fn writes(self) -> bool {
+        matches!(self, BenchOp::Randwrite | BenchOp::Write)
+    }
+
+    /// Whether offsets are drawn at random.
+    pub fn random(self) -> bool {
+        matches!(self, BenchOp::Randread | BenchOp::Randwrite)
+    }
+
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            BenchOp::Randread => "randread",
+            BenchOp::Randwrite => "randwrite",
+            BenchOp::Read => "read",
+            BenchOp::Write => "write",
+        }
+    }
+}
+
+/// A benchmark.
+#[derive(Debug, Clone, Args)]
+pub struct BenchArgs {
+    /// The volume, BACKEND:NAME; {} in it stands for the number of the session, from 0
+    #[arg(long, value_name = "VOLUME")]
+    pub volume: String,
+    /// What to ask for
+    #[arg(long, value_enum, default_value = "randread")]
+    pub op: BenchOp,
+    /// Bytes of each request
+    #[arg(long, value_name = "SIZE", default_value = "4KiB")]
+    pub block_size: Size,
+    /// Requests in flight on each queue
+    #[arg(long, value_name = "N", default_value_t = 32,
+          value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub iodepth: u32,
+    /// Queues of each session, one thread each
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub queues: u32,
+    /// Sessions, that is volumes attached, at once
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub sessions: u32,
+    /// How long to measure
+    #[arg(long, value_name = "SECONDS", default_value_t = 10,
+          value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub seconds: u64,
+    /// Stamp each block, and check each block that is read again; writes read back what they wrote
+    #[arg(long)]
+    pub verify: bool,
+    /// Poll for completions instead of sleeping; a processor for each queue
+    #[arg(long)]
+    pub poll: bool,
+    /// How to print
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// The demonstration.
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// File system image to put on the volume; a copy is used [default: an ext4 made on the spot]
+    #[arg(long, value_name = "FILE")]
+    pub image: Option<PathBuf>,
+    /// How often to kill the server
+    #[arg(long, value_name = "N", default_value_t = 10,
+          value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub kills: u32,
+    /// Seconds to spread the kills over
+    #[arg(long, value_name = "SECONDS", default_value_t = 15,
+          value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub seconds: u64,
+    /// Keep a second server warm, ready to take over (the default)
+    #[arg(long, overrides_with = "no_standby")]
+    pub standby: bool,
+    /// Start each server anew after the death of the one before
+    #[arg(long)]
+    pub no_standby: bool,
+    /// The server to show [default: $NEBD_SERVER, beside nebdctl, or in $PATH]
+    #[arg(long, value_name = "FILE", env = "NEBD_SERVER")]
+    pub server: Option<PathBuf>,
+    /// How to print
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+fn block_size(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(Size(bytes @ (512 | 4096))) => Ok(bytes as u32),
+        _ => Err("a block is 512 or 4096 bytes".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_fixed_commands_parse() {
+        for line in [
+            "nebdctl --socket /tmp/s volume create file:disk1 --size 64MiB",
+            "nebdctl volume create file:x --path /dev/vdb --owner 1:2 --mode 0660 --block-size 512",
+            "nebdctl volume resize file:x --size 1G --shrink --json --socket /tmp/s",
+            "nebdctl volume abort file:x",
+            "nebdctl status --json",
+            "nebdctl bench --volume null:a --op randwrite --block-size 4k --iodepth 8 --queues 2 \
+             --seconds 1 --verify --poll --json",
+            "nebdctl demo --kills 3 --no-standby --json",
+            "nebdctl completions bash",
+        ] {
+            Cli::try_parse_from(line.split_whitespace()).unwrap();
+        }
+        assert!(Cli::try_parse_from(["nebdctl", "volume", "create", "file:x"]).is_err());
+        assert!(Cli::try_parse_from(["nebdctl", "volume", "info", "../x"]).is_err());
+    }
+}

@@ -1,0 +1,158 @@
+//! An admin server that keeps volumes in a list.
+
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
+
+use nebd_rpc::admin::admin_server::{Admin, AdminServer};
+use nebd_rpc::admin::{
+    AbortVolumeRequest, CreateVolumeRequest, DeleteVolumeReply, DeleteVolumeRequest,
+    GetStatusRequest, GetVolumeRequest, ListVolumesReply, ListVolumesRequest, ResizeVolumeRequest,
+    Status as ServerStatus, UnparkVolumeRequest, Volume,
+};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::{Request, Response, Status};
+
+type Answer<A> = Result<Response<A>, Status>;
+
+#[derive(Default)]
+struct State {
+    volumes: Mutex<Vec<Volume>>,
+    operations: Mutex<Vec<Vec<u8>>>,
+    refusals: AtomicU32,
+}
+
+/// The server; it ends with the test's process.
+pub struct Fake {
+    _directory: tempfile::TempDir,
+    socket: PathBuf,
+    state: Arc<State>,
+}
+
+impl Fake {
+    /// One that works.
+    pub fn start() -> Fake {
+        Fake::start_with(0, 0)
+    }
+
+    /// The first connections are closed without a word, as by a server that is killed.
+    pub fn start_after_broken_connections(count: u32) -> Fake {
+        Fake::start_with(count, 0)
+    }
+
+    /// The first calls are answered with "not now".
+    pub fn start_refusing_first_calls(count: u32) -> Fake {
+        Fake::start_with(0, count)
+    }
+
+    fn start_with(broken: u32, refusals: u32) -> Fake {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("s");
+        let listener = UnixListener::bind(directory.path().join("s.admin")).unwrap();
+        let state = Arc::new(State { refusals: AtomicU32::new(refusals), ..State::default() });
+        let service = AdminServer::new(Service(state.clone()));
+        std::thread::spawn(move || {
+            for _ in 0..broken {
+                drop(listener.accept().unwrap());
+            }
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            listener.set_nonblocking(true).unwrap();
+            runtime.block_on(async {
+                let listener = tokio::net::UnixListener::from_std(listener).unwrap();
+                let incoming = UnixListenerStream::new(listener);
+                let server = tonic::transport::Server::builder().add_service(service);
+                server.serve_with_incoming(incoming).await.unwrap();
+            });
+        });
+        Fake { _directory: directory, socket, state }
+    }
+
+    /// What to give to `--socket`.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Operation ids of the create calls, in order.
+    pub fn operations(&self) -> Vec<Vec<u8>> {
+        self.state.operations.lock().unwrap().clone()
+    }
+}
+
+struct Service(Arc<State>);
+
+impl Service {
+    fn change<A>(&self, name: &str, change: impl FnOnce(&mut Volume) -> A) -> Result<A, Status> {
+        let mut volumes = self.0.volumes.lock().unwrap();
+        let volume = volumes.iter_mut().find(|volume| volume.name == name);
+        volume.map(change).ok_or_else(|| Status::not_found(format!("volume {name} is not there")))
+    }
+}
+
+#[tonic::async_trait]
+impl Admin for Service {
+    async fn create_volume(&self, request: Request<CreateVolumeRequest>) -> Answer<Volume> {
+        let request = request.into_inner();
+        self.0.operations.lock().unwrap().push(request.operation_id.to_vec());
+        if self.0.refusals.load(SeqCst) > 0 {
+            self.0.refusals.fetch_sub(1, SeqCst);
+            return Err(Status::unavailable("not now"));
+        }
+        if self.change(&request.name, |_| ()).is_ok() {
+            return Err(Status::already_exists(format!("volume {} exists", request.name)));
+        }
+        let volume = Volume {
+            name: request.name,
+            size_bytes: request.size_bytes,
+            block_size: request.block_size,
+            owner_uid: request.owner_uid.unwrap_or(0),
+            owner_gid: request.owner_gid.unwrap_or(0),
+            mode: request.mode.unwrap_or(0o600),
+            path: request.path,
+            ..Volume::default()
+        };
+        self.0.volumes.lock().unwrap().push(volume.clone());
+        Ok(Response::new(volume))
+    }
+
+    async fn list_volumes(&self, _: Request<ListVolumesRequest>) -> Answer<ListVolumesReply> {
+        let volumes = self.0.volumes.lock().unwrap().clone();
+        Ok(Response::new(ListVolumesReply { volumes }))
+    }
+
+    async fn get_volume(&self, request: Request<GetVolumeRequest>) -> Answer<Volume> {
+        self.change(&request.into_inner().name, |volume| volume.clone()).map(Response::new)
+    }
+
+    async fn resize_volume(&self, request: Request<ResizeVolumeRequest>) -> Answer<Volume> {
+        let request = request.into_inner();
+        let resize = |volume: &mut Volume| {
+            volume.size_bytes = request.size_bytes;
+            volume.clone()
+        };
+        self.change(&request.name, resize).map(Response::new)
+    }
+
+    async fn delete_volume(
+        &self,
+        request: Request<DeleteVolumeRequest>,
+    ) -> Answer<DeleteVolumeReply> {
+        let name = request.into_inner().name;
+        self.change(&name, |_| ())?;
+        self.0.volumes.lock().unwrap().retain(|volume| volume.name != name);
+        Ok(Response::new(DeleteVolumeReply {}))
+    }
+
+    async fn unpark_volume(&self, request: Request<UnparkVolumeRequest>) -> Answer<Volume> {
+        self.change(&request.into_inner().name, |volume| volume.clone()).map(Response::new)
+    }
+
+    async fn abort_volume(&self, request: Request<AbortVolumeRequest>) -> Answer<Volume> {
+        self.change(&request.into_inner().name, |volume| volume.clone()).map(Response::new)
+    }
+
+    async fn get_status(&self, _: Request<GetStatusRequest>) -> Answer<ServerStatus> {
+        Ok(Response::new(ServerStatus { pid: std::process::id(), ..ServerStatus::default() }))
+    }
+}
