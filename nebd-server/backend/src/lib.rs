@@ -12,6 +12,8 @@
 //! A request cannot be forgotten: completing consumes it, and one that is dropped uncompleted is
 //! answered with `EIO` and logged as the bug it is.
 
+#[cfg(feature = "test-hooks")]
+mod fence_test;
 mod lane;
 mod null;
 mod request;
@@ -22,6 +24,8 @@ use std::sync::Arc;
 
 use nebd_abi::{Errno, Generation, VolumeName};
 
+#[cfg(feature = "test-hooks")]
+pub use fence_test::FenceTestBackend;
 pub use lane::{Done, Lane, LaneConfig, Mailbox};
 pub use nebd_abi::Fence;
 pub use null::NullBackend;
