@@ -150,7 +150,7 @@ impl MemoryDevice {
             Op::WriteZeroes if self.fault != Fault::IgnoreWriteZeroes => stored.fill(0),
             Op::Discard if self.fault == Fault::RubbishDiscard => stored.fill(0xDB),
             // A discard may zero some sectors and leave others.
-            Op::Discard if place / SECTOR_BYTES % 3 != 0 => stored.fill(0),
+            Op::Discard if !(place / SECTOR_BYTES).is_multiple_of(3) => stored.fill(0),
             Op::Discard | Op::WriteZeroes | Op::Flush => {}
         }
         *moved += 1;

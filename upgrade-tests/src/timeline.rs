@@ -1,8 +1,7 @@
 //! The clock of a run, and what happened in it: kills, successors, power cuts.
 
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::oracle::Moment;
@@ -68,6 +67,11 @@ impl Default for Timeline {
 }
 
 impl Timeline {
+    /// A clock that starts now.
+    pub fn shared() -> Arc<Timeline> {
+        Arc::default()
+    }
+
     /// Nanoseconds since the run began.
     pub fn now(&self) -> Moment {
         self.start.elapsed().as_nanos() as Moment
