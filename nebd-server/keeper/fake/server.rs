@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -52,7 +52,10 @@ pub fn run(state_dir: PathBuf, standby: bool) -> ExitCode {
     let notifier = Arc::new(Notifier::from_env().unwrap());
     match std::fs::read_to_string(state_dir.join("fail")).unwrap_or_default().trim() {
         "exit" => return ExitCode::from(3),
-        "hang" => std::thread::sleep(Duration::from_secs(600)),
+        "hang" => {
+            write_whole(&state_dir, "hanging", &std::process::id().to_string());
+            std::thread::sleep(Duration::from_secs(600));
+        }
         "standby" if standby => return ExitCode::from(4),
         _ => {}
     }
@@ -91,8 +94,14 @@ pub fn run(state_dir: PathBuf, standby: bool) -> ExitCode {
     server.serve()
 }
 
+fn write_whole(state_dir: &Path, name: &str, contents: &str) {
+    let draft = state_dir.join(format!("{name}.{}", std::process::id()));
+    std::fs::write(&draft, contents).unwrap();
+    std::fs::rename(draft, state_dir.join(name)).unwrap();
+}
+
 /// False if the keeper is gone.
-fn stand_by(inherited: &mut Inherited, state_dir: &std::path::Path) -> bool {
+fn stand_by(inherited: &mut Inherited, state_dir: &Path) -> bool {
     let channel = StandbyChannel::new(inherited.standby.take().unwrap());
     loop {
         match channel.recv().unwrap() {
@@ -101,8 +110,7 @@ fn stand_by(inherited: &mut Inherited, state_dir: &std::path::Path) -> bool {
             Some(StandbyMessage::Remove(name)) => drop(inherited.store.remove(&name)),
             Some(StandbyMessage::Sync) => {
                 let synced = format!("{} {}", std::process::id(), inherited.store.len());
-                std::fs::write(state_dir.join("synced.new"), synced).unwrap();
-                std::fs::rename(state_dir.join("synced.new"), state_dir.join("synced")).unwrap();
+                write_whole(state_dir, "synced", &synced);
             }
             Some(StandbyMessage::Activate) => {
                 if state_dir.join("fail-activation").exists() {
@@ -150,21 +158,18 @@ impl Server {
             ["info"] => self.info(),
             ["store", name, contents] => {
                 self.store(name, contents);
-                self.notifier.barrier(Duration::from_secs(20)).unwrap();
-                "ok".to_owned()
+                self.barrier()
             }
             ["remove", name] => {
                 self.store.lock().unwrap().remove(name);
                 self.notifier.remove(name).unwrap();
-                self.notifier.barrier(Duration::from_secs(20)).unwrap();
-                "ok".to_owned()
+                self.barrier()
             }
             ["store_many", prefix, count] => {
                 for index in 0..count.parse().unwrap() {
                     self.store(&format!("{prefix}{index}"), &format!("{index}"));
                 }
-                self.notifier.barrier(Duration::from_secs(20)).unwrap();
-                "ok".to_owned()
+                self.barrier()
             }
             // No barrier: the last datagrams are in the socket when it dies.
             ["store_and_die", name, count] => {
@@ -174,9 +179,20 @@ impl Server {
                 self.die(Signal::KILL)
             }
             ["die", "exit"] => std::process::exit(7),
-            ["die", "segv"] => self.die(Signal::SEGV),
+            ["die", "segv"] => {
+                // The first one finds the handler of Rust's runtime, which steps aside.
+                self.die(Signal::SEGV);
+                self.die(Signal::SEGV)
+            }
             ["die", "kill"] => self.die(Signal::KILL),
             ["die", "abort"] => std::process::abort(),
+            // To a process that outlives this one; it serves nobody, but dies like a server.
+            ["hand_over"] => {
+                let successor = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+                self.notifier.main_pid(successor.id());
+                self.barrier();
+                std::process::exit(0)
+            }
             ["stop"] => self.die(Signal::STOP),
             ["hang"] => loop {
                 std::hint::spin_loop();
@@ -206,13 +222,24 @@ impl Server {
         text
     }
 
+    fn barrier(&self) -> String {
+        match self.notifier.barrier(Duration::from_secs(20)) {
+            Ok(()) => "ok".to_owned(),
+            Err(error) => format!("barrier: {error}"),
+        }
+    }
+
     fn store(&self, name: &str, contents: &str) {
         let fd = rustix::fs::memfd_create("fake", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         let mut file = File::from(fd);
         file.write_all(contents.as_bytes()).unwrap();
         let fd = OwnedFd::from(file);
-        self.notifier.store(name, fd.as_fd()).unwrap();
-        self.store.lock().unwrap().insert(name.to_owned(), fd);
+        // First into the map, so that a registration with another keeper does not miss it.
+        let mut store = self.store.lock().unwrap();
+        store.insert(name.to_owned(), fd);
+        if let Err(error) = self.notifier.store(name, store[name].as_fd()) {
+            eprintln!("no keeper at the moment: {error}");
+        }
     }
 
     fn die(&self, signal: Signal) -> String {

@@ -276,9 +276,9 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<D
     Ok(datagram)
 }
 
-/// The wait status of a process that is not our child, from its pidfd (Linux 6.15 and later, once
-/// its parent has reaped it).
-pub(crate) fn end_of_stranger(pidfd: BorrowedFd<'_>) -> Option<i32> {
+/// The wait status of a process that is not our child, from its pidfd: `None` until its parent has
+/// reaped it, an error before Linux 6.15.
+pub(crate) fn end_of_stranger(pidfd: BorrowedFd<'_>) -> io::Result<Option<i32>> {
     /// The first version of the kernel's `struct pidfd_info`.
     #[repr(C)]
     #[derive(Default)]
@@ -296,5 +296,8 @@ pub(crate) fn end_of_stranger(pidfd: BorrowedFd<'_>) -> Option<i32> {
     let mut info = PidfdInfo { mask: PIDFD_INFO_EXIT, ..PidfdInfo::default() };
     // SAFETY: the request's number says how long the structure is; the kernel writes no more.
     let result = unsafe { libc::ioctl(pidfd.as_raw_fd(), PIDFD_GET_INFO as _, &mut info) };
-    (result == 0 && info.mask & PIDFD_INFO_EXIT != 0).then_some(info.exit_code)
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((info.mask & PIDFD_INFO_EXIT != 0).then_some(info.exit_code))
 }

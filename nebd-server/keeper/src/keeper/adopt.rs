@@ -77,6 +77,9 @@ fn register(
     estate: &mut Estate,
 ) -> Result<bool, KeeperError> {
     let deadline = Instant::now() + config.adopt_timeout;
+    // Of other threads than the one that registers: what went before is held only when all of the
+    // store is. Dropped without an answer, they fail.
+    let mut barriers = Vec::new();
     loop {
         while let Some(note) =
             mailbox.receive().map_err(KeeperError::system("receive notifications"))?
@@ -90,8 +93,9 @@ fn register(
                 Some(Change::Remove(name)) => drop(estate.store.remove(&name)),
                 None => {}
             }
-            note.barrier.map(answer);
+            barriers.extend(note.barrier);
             if note.ready {
+                barriers.into_iter().for_each(answer);
                 return Ok(true);
             }
         }

@@ -344,7 +344,7 @@ impl Supervisor {
         }
         self.retired.iter().for_each(|process| writer.process("retired", process, true));
         self.store.iter().for_each(|(name, fd)| writer.fd("store", name, fd.as_fd()));
-        let error = writer.hand_over(|list| program(list));
+        let error = writer.hand_over(program);
         tracing::error!(%error, "the keeper could not be replaced; the present one goes on");
     }
 

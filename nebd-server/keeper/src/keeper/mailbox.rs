@@ -48,10 +48,12 @@ impl Mailbox {
         loop {
             match sys::receive(self.socket.as_fd(), &mut self.buffer) {
                 Ok(datagram) => {
-                    let text = match datagram.truncated {
-                        true => "",
-                        false => str::from_utf8(&self.buffer[..datagram.length]).unwrap_or(""),
-                    };
+                    let bytes = &self.buffer[..datagram.length];
+                    let mut text = str::from_utf8(bytes).unwrap_or("");
+                    if datagram.truncated {
+                        tracing::error!(pid = datagram.pid, "a notification was cut off; refused");
+                        text = "";
+                    }
                     return Ok(Some(parse(datagram.pid, text, datagram.fds)));
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

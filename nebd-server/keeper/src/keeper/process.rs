@@ -19,6 +19,9 @@ use crate::{names, sys};
 /// Names longer than this together travel in a memfd; execve takes 128 KiB a string.
 const NAMES_BYTES_MAX: usize = 96 << 10;
 
+/// How long the end of an adopted server is waited for: its blackout goes on meanwhile.
+const REAP_TIME_MAX_MS: u32 = 5;
+
 /// A server or a standby, ours or adopted.
 #[derive(Debug)]
 pub(crate) struct Process {
@@ -91,16 +94,24 @@ impl Process {
         let status = rustix::process::waitid(WaitId::PidFd(self.pidfd.as_fd()), options);
         let mut end = match status {
             Ok(Some(status)) => End::of(&status),
-            // Adopted: its parent has the status. Newer kernels keep it for holders of a pidfd.
-            _ => sys::end_of_stranger(self.pidfd.as_fd()).map_or(
-                End { cause: DeathCause::Unknown, status: None, signal: None },
-                End::of_raw,
-            ),
+            _ => self.end_of_adopted(),
         };
         if self.by_watchdog {
             end.cause = DeathCause::Watchdog;
         }
         Some(end)
+    }
+
+    /// Its parent, init, has the status. Newer kernels keep it for holders of a pidfd too.
+    fn end_of_adopted(&self) -> End {
+        for _ in 0..REAP_TIME_MAX_MS {
+            match sys::end_of_stranger(self.pidfd.as_fd()) {
+                Ok(Some(raw)) => return End::of_raw(raw),
+                Ok(None) => std::thread::sleep(Duration::from_millis(1)),
+                Err(_) => break,
+            }
+        }
+        End { cause: DeathCause::Unknown, status: None, signal: None }
     }
 
     /// Whether it was stopped (true) or continued (false) since this was last asked.

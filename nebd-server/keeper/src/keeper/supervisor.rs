@@ -26,6 +26,12 @@ use super::stream::Stream;
 use super::watch::{Verdict, Watch};
 use crate::notify::Notifier;
 
+/// After so many datagrams other events have their turn; the rest is told again.
+const DATAGRAMS_PER_EVENT: usize = 256;
+/// More than a socket's queue holds: a dead sender's are among so many, and a living one that sends
+/// without end cannot hold up its successor.
+const DATAGRAMS_QUEUED_MAX: usize = 1 << 16;
+
 /// The process that serves, or is to.
 #[derive(Debug)]
 pub(super) struct Server {
@@ -105,7 +111,7 @@ impl Supervisor {
     fn apply(&mut self, token: Token, now: Instant) {
         match token {
             Token::Signals => self.on_signals(now),
-            Token::Mailbox => self.drain_mailbox(now),
+            Token::Mailbox => self.drain_mailbox(now, DATAGRAMS_PER_EVENT),
             Token::Knock => self.on_doubt(now),
             Token::Stream => self.flush_streams(),
             Token::Process(pid) => self.on_exit(pid, now),
@@ -240,8 +246,8 @@ impl Supervisor {
     }
 
     /// Works through what has been sent so far, in order.
-    fn drain_mailbox(&mut self, now: Instant) {
-        loop {
+    fn drain_mailbox(&mut self, now: Instant, count_max: usize) {
+        for _ in 0..count_max {
             match self.mailbox.receive() {
                 Ok(Some(notification)) => self.on_notification(notification, now),
                 Ok(None) => return,
@@ -277,7 +283,7 @@ impl Supervisor {
                 tracing::info!(pid = note.pid, "the server stops");
             }
         }
-        note.barrier.map(answer);
+        note.barrier.into_iter().for_each(answer);
     }
 
     fn on_change(&mut self, change: Change) {
@@ -371,7 +377,7 @@ impl Supervisor {
             return;
         };
         // Whatever it sent before it died counts, and is known before anybody follows it.
-        self.drain_mailbox(now);
+        self.drain_mailbox(now, DATAGRAMS_QUEUED_MAX);
         tracing::warn!(pid, cause = ?end.cause, status = end.status, signal = end.signal, "ended");
         if let Some(server) = self.serving.take_if(|s| s.process.pid == pid) {
             self.on_server_end(server, end, now);
