@@ -32,5 +32,6 @@ pub mod oracle;
 pub mod report;
 pub mod stamp;
 pub mod stream;
+pub mod supervisor;
 pub mod timeline;
 pub mod workload;

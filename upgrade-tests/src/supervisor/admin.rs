@@ -1,0 +1,144 @@
+//! The few calls of the admin API that the harness needs.
+
+use std::future::Future;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use hyper_util::rt::TokioIo;
+use nebd_rpc::admin::admin_client::AdminClient;
+use nebd_rpc::admin::{self, CreateVolumeRequest, GetStatusRequest, GetVolumeRequest};
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Response, Status};
+
+/// Why a call gave no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum AdminError {
+    /// There is no runtime to make calls with.
+    #[error("cannot start the runtime of the admin client")]
+    Runtime(#[source] io::Error),
+    /// The server refused.
+    #[error("the server refused: {}", .0.message())]
+    Refused(#[source] Box<Status>),
+    /// No server answered in time.
+    #[error("no server answered at {}: {last}", socket.display())]
+    Silent {
+        /// The admin socket.
+        socket: PathBuf,
+        /// What the last try met.
+        last: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// A client of the admin API; its calls are made again when the server dies under them.
+pub struct Admin {
+    runtime: tokio::runtime::Runtime,
+    socket: PathBuf,
+}
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+impl Admin {
+    /// For the server whose client socket is `socket`.
+    pub fn new(socket: &Path) -> Result<Admin, AdminError> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let mut admin = socket.as_os_str().to_owned();
+        admin.push(".admin");
+        Ok(Admin { runtime: runtime.map_err(AdminError::Runtime)?, socket: admin.into() })
+    }
+
+    /// Creates a volume; `BACKEND:NAME`.
+    pub fn create(&self, name: &str, bytes: u64, block_bytes: u32) -> Result<(), AdminError> {
+        // The same over retries; names are never used twice in a run.
+        let words = [1, 2].map(|salt| {
+            name.bytes().fold(salt, |hash, byte| crate::stamp::mix(hash ^ u64::from(byte)))
+        });
+        let operation_id = words.map(u64::to_le_bytes).concat();
+        let request = CreateVolumeRequest {
+            operation_id: operation_id.into(),
+            name: name.into(),
+            size_bytes: bytes,
+            block_size: block_bytes,
+            ..CreateVolumeRequest::default()
+        };
+        self.call(|mut client| {
+            let request = request.clone();
+            async move { client.create_volume(request).await }
+        })?;
+        Ok(())
+    }
+
+    /// What the server says of a volume.
+    pub fn volume(&self, name: &str) -> Result<admin::Volume, AdminError> {
+        self.call(|mut client| {
+            let request = GetVolumeRequest { name: name.into() };
+            async move { client.get_volume(request).await }
+        })
+    }
+
+    /// A parked volume is to be served again.
+    pub fn unpark(&self, name: &str) -> Result<admin::Volume, AdminError> {
+        self.call(|mut client| {
+            let request = admin::UnparkVolumeRequest { name: name.into() };
+            async move { client.unpark_volume(request).await }
+        })
+    }
+
+    /// The suspect request of a parked volume is to fail.
+    pub fn abort(&self, name: &str) -> Result<admin::Volume, AdminError> {
+        self.call(|mut client| {
+            let request = admin::AbortVolumeRequest { name: name.into() };
+            async move { client.abort_volume(request).await }
+        })
+    }
+
+    /// What the server says of itself.
+    pub fn status(&self) -> Result<admin::Status, AdminError> {
+        self.call(|mut client| async move { client.get_status(GetStatusRequest {}).await })
+    }
+
+    fn call<A, F>(&self, call: impl Fn(AdminClient<Channel>) -> F) -> Result<A, AdminError>
+    where
+        F: Future<Output = Result<Response<A>, Status>>,
+    {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            // In a block, for the timeout's timer needs the runtime around it when it is made.
+            let attempt = async { tokio::time::timeout(PATIENCE, self.attempt(&call)).await };
+            let status = match self.runtime.block_on(attempt) {
+                Ok(Ok(answer)) => return Ok(answer),
+                Ok(Err(status)) => status,
+                Err(late) => Status::unavailable(late.to_string()),
+            };
+            let may_pass = matches!(
+                status.code(),
+                Code::Unavailable | Code::Unknown | Code::Cancelled | Code::DeadlineExceeded
+            );
+            if !may_pass {
+                return Err(AdminError::Refused(Box::new(status)));
+            }
+            if Instant::now() > deadline {
+                let socket = self.socket.clone();
+                return Err(AdminError::Silent { socket, last: Box::new(status) });
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    async fn attempt<A, F>(&self, call: impl Fn(AdminClient<Channel>) -> F) -> Result<A, Status>
+    where
+        F: Future<Output = Result<Response<A>, Status>>,
+    {
+        let socket = self.socket.clone();
+        let connector = tower::service_fn(move |_: tonic::codegen::http::Uri| {
+            let socket = socket.clone();
+            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+        });
+        let channel = Endpoint::from_static("http://nebd")
+            .connect_with_connector(connector)
+            .await
+            .map_err(|error| Status::unavailable(error.to_string()))?;
+        Ok(call(AdminClient::new(channel)).await?.into_inner())
+    }
+}

@@ -1,0 +1,77 @@
+//! A child process that does not outlive its guard, and its log.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// A child process, ended when this is dropped.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    log: PathBuf,
+    is_ended: bool,
+}
+
+/// Bytes of the log's end that are shown.
+const LOG_TAIL_BYTES: usize = 6000;
+
+impl Process {
+    /// Starts `command` with its output in the file `log`, in a process group of its own.
+    pub fn start(mut command: Command, log: &Path) -> io::Result<Process> {
+        let file = File::create(log)?;
+        command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file).process_group(0);
+        Ok(Process { child: command.spawn()?, log: log.into(), is_ended: false })
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The end of what it, and its children, wrote.
+    pub fn log_tail(&self) -> String {
+        let log = fs::read(&self.log).unwrap_or_default();
+        let tail = &log[log.len().saturating_sub(LOG_TAIL_BYTES)..];
+        String::from_utf8_lossy(tail).into_owned()
+    }
+
+    /// Asks it to end, waits, then makes it end.
+    pub fn end(&mut self, patience: Duration) {
+        if std::mem::replace(&mut self.is_ended, true) {
+            return;
+        }
+        let pid = Pid::from_raw(self.child.id() as i32);
+        if !patience.is_zero() {
+            // A signal that cannot be sent means that it has ended already; `wait` tells.
+            let _ = kill(pid, Signal::SIGTERM);
+        }
+        let deadline = Instant::now() + patience;
+        while Instant::now() < deadline {
+            if matches!(self.child.try_wait(), Ok(Some(_))) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.end(Duration::ZERO);
+    }
+}
+
+/// Raises the soft limit of core files to the hard one, for this process and its children.
+pub(super) fn allow_core_dumps() -> nix::Result<()> {
+    let (_, most) = getrlimit(Resource::RLIMIT_CORE)?;
+    setrlimit(Resource::RLIMIT_CORE, most, most)
+}
