@@ -116,25 +116,25 @@ static size_t differs_from_stamp(const uint64_t *data, uint64_t block, uint64_t 
     return i;
 }
 
-static bool is_zero(const uint64_t *data)
+static size_t differs_from_zero(const uint64_t *data)
 {
     size_t i = 0;
     while (i < WORDS && data[i] == 0)
         i++;
-    return i == WORDS;
+    return i;
 }
 
 static void check(struct test *test, uint64_t index, const uint64_t *data)
 {
     struct block *block = &test->blocks[index];
+    size_t not_stamp = differs_from_stamp(data, index, block->version);
+    size_t not_zero = differs_from_zero(data);
     bool is_known = block->may_be_stamp || block->may_be_zero;
-    size_t wrong = differs_from_stamp(data, index, block->version);
-    if (!is_known || (block->may_be_stamp && wrong == WORDS) ||
-        (block->may_be_zero && is_zero(data)))
+    if (!is_known || (block->may_be_stamp && not_stamp == WORDS) ||
+        (block->may_be_zero && not_zero == WORDS))
         return;
     test->mismatches++;
-    if (wrong == WORDS)
-        wrong = 0;
+    size_t wrong = block->may_be_stamp ? not_stamp : not_zero;
     fprintf(stderr,
             "block %" PRIu64 ": expected version %" PRIu64 "%s, found block %" PRIu64
             " version %" PRIu64 ", first wrong word %zu: %016" PRIx64 "\n",
