@@ -1,9 +1,15 @@
 //! One request, in the words of the caller.
 
-use nebd_abi::{Op, OpFlags};
+use std::sync::Arc;
+
+use nebd_abi::ring::Buffer as RingBuffer;
+use nebd_abi::{Errno, Op, OpFlags};
 
 use crate::arena::Buffer;
-use crate::session::Memory;
+use crate::core::Core;
+use crate::memory::Span;
+use crate::registered::Memory;
+use crate::transfer::{Keep, Segment};
 
 /// Where data of a request is, for requests that are not copied.
 #[derive(Clone, Copy, Debug)]
@@ -116,5 +122,46 @@ impl<'a> Io<'a> {
     fn with_data(op: Op, offset: u64, data: Data<'a>) -> Io<'a> {
         let length = data.as_slice().iter().map(|range| u64::from(range.length)).sum();
         Io { op, flags: OpFlags::NONE, offset, length, data }
+    }
+}
+
+impl DataRange<'_> {
+    /// As the server is told of it, what keeps it allocated, and where this process can reach it.
+    pub(crate) fn resolve(&self, core: &Core) -> Result<(RingBuffer, Keep, Option<Span>), Errno> {
+        let length = u64::from(self.length);
+        let end = self.offset.checked_add(length).ok_or(Errno::INVAL)?;
+        let buffer = |memory, offset| RingBuffer { memory, length: self.length, offset };
+        match self.place {
+            Place::Arena(place) if place.is_of(&core.arena) && end <= place.len() as u64 => {
+                let allocation = place.allocation();
+                let span = allocation.span(self.offset, length);
+                let buffer = buffer(0, allocation.offset() + self.offset);
+                Ok((buffer, Keep::Arena(allocation.clone()), span))
+            }
+            Place::Memory(place) if place.is_of(core) && end <= place.size() => {
+                let buffer = buffer(place.id(), self.offset);
+                Ok((buffer, Keep::Memory(Arc::clone(place.lease())), None))
+            }
+            _ => Err(Errno::INVAL),
+        }
+    }
+}
+
+impl Io<'_> {
+    /// The data as a transfer wants it.
+    pub(crate) fn segments(&self, core: &Core) -> Result<(Vec<Segment>, Keep), Errno> {
+        let ranges = self.data.as_slice();
+        let mut segments = Vec::with_capacity(ranges.len());
+        let mut keeps = Vec::new();
+        for range in ranges {
+            let (buffer, keep, span) = range.resolve(core)?;
+            let direct = Some((buffer.memory, buffer.offset));
+            segments.push(Segment { direct, span, length: buffer.length.into() });
+            if ranges.len() == 1 {
+                return Ok((segments, keep));
+            }
+            keeps.push(keep);
+        }
+        Ok((segments, Keep::Many(keeps.into())))
     }
 }

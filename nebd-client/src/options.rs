@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nebd_abi::layout::{Geometry, PAGE};
 use nebd_abi::{Errno, Generation};
 
 /// Environment variable that names the server's client socket.
@@ -183,6 +184,18 @@ impl Options {
     pub fn on_event(mut self, callback: impl Fn(Event) + Send + Sync + 'static) -> Options {
         self.on_event = Some(Arc::new(callback));
         self
+    }
+}
+
+impl Options {
+    /// The region's sizes; the region's constructor checks them.
+    pub(crate) fn geometry(&self) -> Geometry {
+        Geometry {
+            queue_count: self.queues,
+            queue_depth: self.depth,
+            iovecs_per_slot: self.iovecs_per_slot,
+            arena_size: self.arena_bytes.checked_next_multiple_of(PAGE).unwrap_or(u64::MAX),
+        }
     }
 }
 

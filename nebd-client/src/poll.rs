@@ -1,18 +1,27 @@
 //! A queue driven by the host: the fastest path.
 
-use std::os::fd::BorrowedFd;
-use std::time::Duration;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::{Duration, Instant};
 
-use nebd_abi::{Errno, Op, OpFlags};
+use nebd_abi::Errno;
+use nebd_abi::ring::Submission;
 
-use crate::error::SubmitError;
+use crate::core::{Core, Role, run};
+use crate::error::{SubmitError, errno};
 use crate::io::Io;
-use crate::session::RawIovec;
+use crate::memory::{self, Handle};
+use crate::queue::{Pending, QueueCore, Sleeper, Stashed};
+use crate::session::Prepared;
+use crate::sync::{is_over, lock, now_ns, remaining};
+use crate::transfer::Keep;
 
 /// A queue of a session in [`CompletionMode::Manual`](crate::CompletionMode::Manual).
 ///
 /// Submitting and reaping take separate locks, which cost little as long as one thread at a time
-/// uses the queue, as it should.
+/// uses the queue, as it should. Blocking calls on such a session reap the queue themselves; what
+/// they find for the host is kept for its next [`reap`](Self::reap).
 ///
 /// ```text
 ///  loop {
@@ -22,65 +31,189 @@ use crate::session::RawIovec;
 ///      sleep until event_fd is readable (epoll, poll, io_uring)
 ///  }
 /// ```
-#[derive(Debug)]
-pub struct Queue {}
+pub struct Queue {
+    core: Handle<Core>,
+    queue: Handle<QueueCore>,
+}
+
+impl std::fmt::Debug for Queue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Queue").field("core", &*self.core).finish_non_exhaustive()
+    }
+}
 
 impl Queue {
+    pub(crate) fn new(core: Handle<Core>, queue: Handle<QueueCore>) -> Queue {
+        Queue { core, queue }
+    }
+
+    pub(crate) fn core(&self) -> &Arc<Core> {
+        self.core.shared()
+    }
+
     /// Puts a request into the queue; [`reap`](Self::reap) returns `user_data` with its result.
     ///
     /// The server learns of it with the next [`kick`](Self::kick). A request with more buffers than
     /// a slot holds, or more bytes than a transfer may have, is refused with `EINVAL`: this path
     /// does not split.
-    pub fn submit(&self, _io: Io<'_>, _user_data: u64) -> Result<(), SubmitError> {
-        Err(SubmitError::WouldBlock)
+    pub fn submit(&self, io: Io<'_>, user_data: u64) -> Result<(), SubmitError> {
+        let core = &self.core;
+        core.check(io.op, io.flags, io.offset, io.length)?;
+        let limits = core.limits();
+        let ranges = io.data.as_slice();
+        if ranges.len() > limits.iovecs || (!ranges.is_empty() && io.length > limits.transfer) {
+            return Err(Errno::INVAL.into());
+        }
+        let since_ns = core.options.io_timeout.map_or(0, |_| now_ns());
+        let publish = |buffers: &[_], keep| {
+            let Io { op, flags, offset, length, .. } = io;
+            let request = Submission { op, flags, offset, length, buffers };
+            let pending = Pending::Host { user_data, keep, since_ns };
+            self.queue.publish(&request, pending).map_err(|_| SubmitError::WouldBlock)
+        };
+        match ranges {
+            [] => publish(&[], Keep::None),
+            [range] => {
+                let (buffer, keep, _) = range.resolve(core)?;
+                publish(&[buffer], keep)
+            }
+            ranges => {
+                let resolved = ranges.iter().map(|range| range.resolve(core));
+                let resolved = resolved.collect::<Result<Vec<_>, _>>()?;
+                let (buffers, keeps): (Vec<_>, Vec<_>) =
+                    resolved.into_iter().map(|(buffer, keep, _)| (buffer, keep)).unzip();
+                publish(&buffers, Keep::Many(keeps.into()))
+            }
+        }
     }
 
-    /// Like [`submit`](Self::submit), for a read or write of caller memory, which is copied through
-    /// the arena where the server cannot reach it, and split where it must be.
-    ///
-    /// # Safety
-    /// The memory stays valid for reads (a write) or writes (a read), and nobody else uses it in a
-    /// conflicting way, until `user_data` was reaped.
-    pub unsafe fn submit_raw(
-        &self,
-        _op: Op,
-        _flags: OpFlags,
-        _offset: u64,
-        _iovecs: &[RawIovec],
-        _user_data: u64,
-    ) -> Result<(), SubmitError> {
-        Err(SubmitError::WouldBlock)
+    /// Puts a prepared transfer into the queue, all of it or, if that is all there is room for, its
+    /// beginning; the rest follows as requests complete.
+    pub(crate) fn start(&self, prepared: Prepared) -> Result<(), SubmitError> {
+        let (core, queue) = (&self.core, &self.queue);
+        let transfer = match prepared {
+            Prepared::Transfer(transfer) => transfer,
+            Prepared::Nothing(handler) => {
+                core.tell_success(queue, handler);
+                return Ok(());
+            }
+        };
+        match core.advance(queue, &transfer) {
+            Some(finished) => core.tell_all(queue, finished, &mut Role::Other),
+            None if !transfer.has_begun() => return Err(SubmitError::WouldBlock),
+            // The host kicks; it reaps, too, and with that brings the rest on its way.
+            None => core.wait_in_line(queue, transfer),
+        }
+        Ok(())
     }
 
     /// Tells the server of what was submitted; costs a system call only if it sleeps.
-    pub fn kick(&self) {}
+    pub fn kick(&self) {
+        if !memory::is_forked_child() {
+            self.core.kicked(&self.queue);
+        }
+    }
 
     /// Calls `completed` with the user data and result of each completed request, runs the
-    /// callbacks and wakes the futures of others on this queue; returns how many completed.
-    pub fn reap(&self, _completed: impl FnMut(u64, Result<(), Errno>)) -> usize {
-        0
+    /// callbacks and wakes the futures of others on this queue; returns how many it told.
+    ///
+    /// `completed` may submit. It runs without a lock held.
+    pub fn reap(&self, mut completed: impl FnMut(u64, Result<(), Errno>)) -> usize {
+        if memory::is_forked_child() {
+            return 0;
+        }
+        let queue = &self.queue;
+        let mut count = self.reap_stash(&mut completed);
+        count += self.core.reap(queue, &mut Role::Host(&mut completed));
+        // The other reaps of this call may have put something aside.
+        count + self.reap_stash(&mut completed)
+    }
+
+    fn reap_stash(&self, completed: &mut impl FnMut(u64, Result<(), Errno>)) -> usize {
+        let queue = &self.queue;
+        if queue.stashed.load(SeqCst) == 0 {
+            return 0;
+        }
+        let stashed = {
+            let mut stash = lock(&queue.stash);
+            queue.stashed.store(0, SeqCst);
+            std::mem::take(&mut *stash)
+        };
+        let count = stashed.len();
+        for one in stashed {
+            match one {
+                Stashed::Host(user_data, result) => completed(user_data, result),
+                Stashed::Callback(callback, result) => run(callback, result),
+            }
+        }
+        count
     }
 
     /// Prepares for sleeping on [`event_fd`](Self::event_fd). True if completions are there already
     /// (reap instead of sleeping); false if the descriptor will become readable with the next.
     pub fn arm(&self) -> bool {
-        true
+        if memory::is_forked_child() {
+            return true;
+        }
+        let queue = &self.queue;
+        // Whether or not it had been armed: a stale ring would make the host's loop spin.
+        queue.call_doorbell().drain();
+        let may_sleep = queue.fall_asleep(Sleeper::Host) && queue.stashed.load(SeqCst) == 0;
+        if !may_sleep {
+            queue.awake(Sleeper::Host);
+        }
+        !may_sleep
+    }
+
+    /// No longer wants [`event_fd`](Self::event_fd) to become readable: spares the server a system
+    /// call a batch while the host is busy reaping. Optional.
+    pub fn disarm(&self) {
+        if !memory::is_forked_child() {
+            self.queue.awake(Sleeper::Host);
+        }
     }
 
     /// Waits until there is something to reap, or `timeout` is over (`None`: no limit), or the
     /// session has failed: spins a little if that pays, then sleeps. True if there is something.
-    pub fn wait(&self, _timeout: Option<Duration>) -> bool {
-        false
+    pub fn wait(&self, timeout: Option<Duration>) -> bool {
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        loop {
+            if memory::is_forked_child() {
+                return false;
+            }
+            let queue = &self.queue;
+            if queue.is_ready() || queue.spin.until(|| queue.is_ringing()) {
+                return true;
+            }
+            if is_over(deadline) || self.core.failure().is_some() {
+                return queue.is_ready();
+            }
+            if !self.arm() {
+                queue.call_doorbell().wait(remaining(deadline));
+                queue.awake(Sleeper::Host);
+            }
+        }
     }
 
     /// An eventfd that becomes readable with completions once [`arm`](Self::arm) returned false.
     /// It is for polling only: `arm` drains it. Valid as long as the queue.
     pub fn event_fd(&self) -> BorrowedFd<'_> {
-        unreachable!()
+        self.queue.call_doorbell().as_fd()
     }
 
     /// Requests submitted and not yet reaped.
     pub fn in_flight(&self) -> u32 {
-        0
+        if memory::is_forked_child() {
+            return 0;
+        }
+        u32::try_from(self.queue.in_flight()).unwrap_or(u32::MAX)
+    }
+
+    /// Why the session cannot be used any more, if it cannot.
+    pub fn failure(&self) -> Option<Errno> {
+        match memory::is_forked_child() {
+            true => Some(errno::FORKED),
+            false => self.core.failure(),
+        }
     }
 }
