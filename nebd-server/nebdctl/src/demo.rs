@@ -8,7 +8,6 @@
 //!   then: every block read once more, the image compared, e2fsck -fn
 //! ```
 
-mod device;
 mod disk;
 mod image;
 mod load;
@@ -22,6 +21,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow};
+use nebd_upgrade_tests::client_device::{AttachOptions, ClientDevice};
 use nebd_upgrade_tests::timeline::Timeline;
 use serde::Serialize;
 
@@ -31,7 +31,6 @@ use crate::failure::Failure;
 use crate::table::Table;
 use crate::units::{Count, Micros};
 use crate::view;
-use device::PartDevice;
 use disk::Disk;
 use image::{Check, Image};
 use load::{Load, Loaded};
@@ -42,6 +41,8 @@ use stage::Stage;
 const WRITES_MIN: u64 = 8;
 /// Size of the volume of stamped blocks.
 const STAMPS_BYTES: u64 = 32 << 20;
+/// Requests that a volume takes at a time.
+const DEPTH: u32 = 32;
 /// How long to wait for enough writes in flight, and for completions after a kill.
 const LOAD_LIMIT: Duration = Duration::from_secs(20);
 /// A Unix socket's path is at most this long, less the names that the demo appends.
@@ -108,7 +109,9 @@ fn perform(stage: &Stage, args: &DemoArgs, image: Image) -> Result<(Report, Vec<
     let bytes = std::fs::metadata(&image.path).context("cannot see the image")?.len();
     stage.create("file:disk", bytes.next_multiple_of(4096))?;
     stage.create("file:stamps", STAMPS_BYTES)?;
-    let open = |volume| PartDevice::open(&socket, volume).map_err(|error| failed(&socket, error));
+    let how = AttachOptions { depth: DEPTH, ..AttachOptions::default() };
+    let open =
+        |volume| ClientDevice::open(&socket, volume, &how).map_err(|error| failed(&socket, error));
     let timeline = Arc::new(Timeline::default());
     let original = File::open(&image.path).context("cannot open the image")?;
     let mut disk = Disk::new(open("file:disk")?, original, timeline.clone());

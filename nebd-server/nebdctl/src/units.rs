@@ -59,7 +59,7 @@ impl fmt::Display for Size {
         const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
         let unit = (0..UNITS.len()).rev().find(|unit| self.0 >= 1 << (10 * unit)).unwrap_or(0);
         let scale = 1u64 << (10 * unit);
-        if self.0 % scale == 0 {
+        if self.0.is_multiple_of(scale) {
             f.pad(&format!("{} {}", self.0 / scale, UNITS[unit]))
         } else {
             f.pad(&format!("{:.1} {}", self.0 as f64 / scale as f64, UNITS[unit]))
@@ -94,7 +94,7 @@ impl fmt::Display for Count {
         let digits = self.0.to_string();
         let mut text = String::with_capacity(digits.len() * 4 / 3);
         for (index, digit) in digits.chars().enumerate() {
-            if index > 0 && (digits.len() - index) % 3 == 0 {
+            if index > 0 && (digits.len() - index).is_multiple_of(3) {
                 text.push(',');
             }
             text.push(digit);

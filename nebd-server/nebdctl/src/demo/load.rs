@@ -7,12 +7,14 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
+use nebd_upgrade_tests::client_device::ClientDevice;
+use nebd_upgrade_tests::device::Device;
 use nebd_upgrade_tests::report::VolumeReport;
 use nebd_upgrade_tests::stream::{Gauges, Goal as StreamGoal, Stream, StreamOptions};
 use nebd_upgrade_tests::timeline::Timeline;
 use nebd_upgrade_tests::workload::Mix;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::demo::device::PartDevice;
 use crate::demo::disk::{Disk, DiskReport, Goal as DiskGoal};
 use crate::demo::process::is_interrupted;
 
@@ -37,7 +39,7 @@ pub struct Loaded {
 }
 
 /// Writes the image to its disk.
-pub fn import(disk: &mut Disk<PartDevice>) -> Result<()> {
+pub fn import(disk: &mut Disk<ClientDevice>) -> Result<()> {
     disk.begin_import();
     pump_disk(disk, &DiskGoal::Import)
 }
@@ -45,8 +47,8 @@ pub fn import(disk: &mut Disk<PartDevice>) -> Result<()> {
 impl Load {
     /// Starts both; `export` is where the disk's contents go in the end.
     pub fn start(
-        mut disk: Disk<PartDevice>,
-        scratch: PartDevice,
+        mut disk: Disk<ClientDevice>,
+        scratch: ClientDevice,
         export: File,
         timeline: Arc<Timeline>,
     ) -> Result<Load> {
@@ -60,7 +62,7 @@ impl Load {
             .spawn(move || {
                 while !finished.load(Relaxed) && !disk.is_at_rest(&DiskGoal::Churn) {
                     if !disk.pump(&DiskGoal::Churn)? {
-                        disk.device().wait(WAIT_MAX);
+                        wait(disk.device());
                     }
                 }
                 pump_disk(&mut disk, &DiskGoal::Drain)?;
@@ -74,13 +76,13 @@ impl Load {
             .name("demo-stamps".into())
             .spawn(move || {
                 for goal in [StreamGoal::Run, StreamGoal::Drain, StreamGoal::Sweep] {
-                    let is_over = |stream: &Stream<PartDevice>| match goal {
+                    let is_over = |stream: &Stream<ClientDevice>| match goal {
                         StreamGoal::Run => finished.load(Relaxed) || stream.is_at_rest(goal),
                         _ => stream.is_at_rest(goal) || is_interrupted(),
                     };
                     while !is_over(&stream) {
                         if !stream.pump(goal) {
-                            stream.device().wait(WAIT_MAX);
+                            wait(stream.device());
                         }
                     }
                 }
@@ -119,11 +121,19 @@ impl Load {
     }
 }
 
-fn pump_disk(disk: &mut Disk<PartDevice>, goal: &DiskGoal) -> Result<()> {
+fn pump_disk(disk: &mut Disk<ClientDevice>, goal: &DiskGoal) -> Result<()> {
     while !disk.is_at_rest(goal) && !is_interrupted() {
         if !disk.pump(goal).context("cannot read the image or write its copy")? {
-            disk.device().wait(WAIT_MAX);
+            wait(disk.device());
         }
     }
     Ok(())
+}
+
+/// Sleeps until the device has something to tell, at most a little while.
+fn wait(device: &impl Device) {
+    let Some(event) = device.event() else { return std::thread::sleep(WAIT_MAX) };
+    let timeout = Timespec { tv_sec: 0, tv_nsec: WAIT_MAX.as_nanos() as i64 };
+    // An interrupted wait is a short one.
+    let _ = poll(&mut [PollFd::from_borrowed_fd(event, PollFlags::IN)], Some(&timeout));
 }
