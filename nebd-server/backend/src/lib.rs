@@ -14,7 +14,9 @@
 
 #[cfg(feature = "test-hooks")]
 mod fence_test;
+mod file;
 mod lane;
+mod mem;
 mod null;
 mod request;
 mod store;
@@ -26,7 +28,11 @@ use nebd_abi::{Errno, Generation, VolumeName};
 
 #[cfg(feature = "test-hooks")]
 pub use fence_test::FenceTestBackend;
-pub use lane::{Done, Lane, LaneConfig, Mailbox};
+#[cfg(feature = "test-hooks")]
+pub use file::hooks;
+pub use file::{FileBackend, FileConfig, FileEngine, FileEngineChoice};
+pub use lane::{Done, Lane, LaneConfig, Mailbox, TaskRun, UringRefusal, uring_refusal};
+pub use mem::MemBackend;
 pub use nebd_abi::Fence;
 pub use null::NullBackend;
 pub use request::{Request, Segment, Segments};

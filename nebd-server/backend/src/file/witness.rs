@@ -1,0 +1,120 @@
+//! Descriptors of a volume's file that were opened while it had no error that anyone had been told
+//! of, and that were never synced. See [`super::syncs`] for what they are for.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use nebd_abi::Generation;
+
+use super::system::Identity;
+use crate::FdStore;
+
+/// How many a volume keeps: as many deaths in a row may fall between using one and replacing it.
+pub(super) const WITNESSES: usize = 4;
+
+/// The witnesses of one volume, `w.<name>.<k>` in the store.
+///
+/// `k` is hexadecimal, the server's generation above a count: names of different servers differ, so
+/// that a message of a dead one that arrives late cannot touch what its successor stored.
+pub(super) struct Witnesses {
+    store: Arc<dyn FdStore>,
+    prefix: String,
+    path: PathBuf,
+    identity: Identity,
+    generation: Generation,
+    count: AtomicU64,
+}
+
+impl Witnesses {
+    pub(super) fn new(
+        store: Arc<dyn FdStore>,
+        name: &str,
+        path: PathBuf,
+        identity: Identity,
+        generation: Generation,
+    ) -> Witnesses {
+        let prefix = prefix(name);
+        Witnesses { store, prefix, path, identity, generation, count: AtomicU64::new(0) }
+    }
+
+    /// Names in the store, oldest first.
+    pub(super) fn names(&self) -> Vec<String> {
+        names(&*self.store, &self.prefix)
+    }
+
+    /// Whether all stored witnesses are of this very file.
+    pub(super) fn are_of_this_file(&self) -> bool {
+        let fds = self.names().into_iter().filter_map(|name| self.store.fetch(&name));
+        fds.into_iter().all(|fd| Identity::of(fd).is_ok_and(|identity| identity == self.identity))
+    }
+
+    /// New ones, not stored yet.
+    pub(super) fn open(&self, count: usize) -> io::Result<Vec<File>> {
+        let open = |_| {
+            let file = OpenOptions::new().read(true).open(&self.path)?;
+            if Identity::of(&file)? != self.identity {
+                return Err(io::Error::from_raw_os_error(libc::ESTALE));
+            }
+            Ok(file)
+        };
+        (0..count).map(open).collect()
+    }
+
+    /// Stores them; they are held when this returns.
+    pub(super) fn keep(&self, files: &[File]) -> io::Result<()> {
+        let present = self.names();
+        for file in files {
+            let name = loop {
+                let count = self.count.fetch_add(1, Relaxed) & 0xFF;
+                let k = u64::from(self.generation.0) << 8 | count;
+                let name = format!("{}{k:x}", self.prefix);
+                if !present.contains(&name) {
+                    break name;
+                }
+            };
+            self.store.put(&name, file.as_fd())?;
+        }
+        self.store.barrier()
+    }
+
+    /// Takes the oldest out of the store. Once this returned it, no successor will be given it.
+    pub(super) fn take_oldest(&self) -> io::Result<Option<OwnedFd>> {
+        for name in self.names() {
+            let fd = self.store.fetch(&name);
+            self.store.remove(&name)?;
+            self.store.barrier()?;
+            if let Some(fd) = fd {
+                return Ok(Some(fd));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Forgets these.
+    pub(super) fn remove(&self, names: &[String]) -> io::Result<()> {
+        names.iter().try_for_each(|name| self.store.remove(name))
+    }
+}
+
+fn prefix(name: &str) -> String {
+    format!("w.{name}.")
+}
+
+/// The volume `a` has the prefix `w.a.`, which the witnesses of a volume `a.b` have too; what
+/// follows must be a number.
+fn names(store: &dyn FdStore, prefix: &str) -> Vec<String> {
+    let number = |name: &str| u64::from_str_radix(name.strip_prefix(prefix)?, 16).ok();
+    let mut names: Vec<_> =
+        store.names(prefix).into_iter().filter_map(|name| Some((number(&name)?, name))).collect();
+    names.sort();
+    names.into_iter().map(|(_, name)| name).collect()
+}
+
+/// Forgets all witnesses of a volume that is deleted.
+pub(super) fn forget(store: &dyn FdStore, name: &str) -> io::Result<()> {
+    names(store, &prefix(name)).iter().try_for_each(|name| store.remove(name))
+}

@@ -1,0 +1,228 @@
+//! `mem`: a volume in memory that outlives the server.
+//!
+//! ```text
+//!   memfd, m.<name> in the store
+//!   0        8            16                4096
+//!   ┌────────┬────────────┬── zeros ────────┬───────────────────┐
+//!   │ magic  │ incarnation│                 │ the volume's data │
+//!   └────────┴────────────┴─────────────────┴───────────────────┘
+//! ```
+//!
+//! Sealed against shrinking, so that a mapping never faults, and against further seals; growing
+//! stays possible, for `resize`. A volume that shrinks keeps its address space and gives back the
+//! memory. The store holds the descriptor before the first request is served; contents live as long
+//! as the store keeps it, whether the volume is open or not, until it is deleted.
+
+mod map;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use nebd_abi::{Errno, Op, VolumeName};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
+
+use crate::{
+    Backend, BackendError, Capabilities, FdStore, Lane, OpenContext, Opened, Request, Volume,
+    VolumeSpec,
+};
+use map::Map;
+
+const MAGIC: u64 = u64::from_le_bytes(*b"nebd-mem");
+const HEADER_BYTES: u64 = 4096;
+
+/// Volumes in memory.
+pub struct MemBackend {
+    store: Arc<dyn FdStore>,
+}
+
+impl MemBackend {
+    /// A backend whose memory `store` keeps.
+    pub fn new(store: Arc<dyn FdStore>) -> MemBackend {
+        MemBackend { store }
+    }
+}
+
+fn entry(name: &VolumeName) -> String {
+    format!("m.{}", name.name())
+}
+
+fn system_error(name: &VolumeName, action: &'static str) -> impl Fn(io::Error) -> BackendError {
+    let volume = name.clone();
+    move |source| BackendError::System { volume: volume.clone(), action, source }
+}
+
+fn check_size(name: &VolumeName, size: u64) -> Result<(), BackendError> {
+    // Half of what a file could have leaves room for every sum below.
+    if size == 0 || size > (i64::MAX / 2) as u64 {
+        let detail = format!("{size} bytes cannot be had in memory");
+        return Err(BackendError::Size { volume: name.clone(), detail });
+    }
+    Ok(())
+}
+
+impl Backend for MemBackend {
+    fn kind(&self) -> &'static str {
+        "mem"
+    }
+
+    /// The memory comes with the first open.
+    fn create(&self, spec: &VolumeSpec) -> Result<VolumeSpec, BackendError> {
+        check_size(&spec.name, spec.size)?;
+        Ok(spec.clone())
+    }
+
+    fn delete(&self, spec: &VolumeSpec) -> Result<(), BackendError> {
+        self.store
+            .remove(&entry(&spec.name))
+            .and_then(|()| self.store.barrier())
+            .map_err(system_error(&spec.name, "remove its memory from the store"))
+    }
+
+    fn observe(&self, spec: &VolumeSpec) -> Result<u64, BackendError> {
+        Ok(spec.size)
+    }
+
+    fn open(&self, spec: &VolumeSpec, context: &OpenContext) -> Result<Opened, BackendError> {
+        check_size(&spec.name, spec.size)?;
+        let failed = system_error(&spec.name, "keep its memory");
+        let name = entry(&spec.name);
+        let (file, incarnation) = match context.store.fetch(&name) {
+            Some(fd) => adopt(&spec.name, fd, spec.size)?,
+            None if context.previous_major.is_some() => {
+                return Err(BackendError::Lost(spec.name.clone()));
+            }
+            None => {
+                let (file, incarnation) = make(spec.size).map_err(&failed)?;
+                context.store.put(&name, file.as_fd()).map_err(&failed)?;
+                context.store.barrier().map_err(&failed)?;
+                (file, incarnation)
+            }
+        };
+        let map = Map::new(&file, HEADER_BYTES).map_err(&failed)?;
+        Ok(Opened {
+            volume: Arc::new(MemVolume {
+                name: spec.name.clone(),
+                size: AtomicU64::new(spec.size),
+                file,
+                map: RwLock::new(map),
+            }),
+            major: context.previous_major.unwrap_or(context.host_major),
+            volume_id: 0,
+            incarnation,
+        })
+    }
+}
+
+/// New memory, and its identity.
+fn make(size: u64) -> io::Result<(File, u64)> {
+    use std::os::unix::fs::FileExt;
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = File::from(rustix::fs::memfd_create("nebd-mem", flags)?);
+    file.set_len(HEADER_BYTES + size)?;
+    let incarnation = loop {
+        let mut bytes = [0; 8];
+        rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+        // Zero means that contents cannot be lost.
+        match u64::from_ne_bytes(bytes) {
+            0 => {}
+            incarnation => break incarnation,
+        }
+    };
+    file.write_all_at(&incarnation.to_le_bytes(), 8)?;
+    file.write_all_at(&MAGIC.to_le_bytes(), 0)?;
+    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::SEAL)?;
+    Ok((file, incarnation))
+}
+
+/// Memory that a predecessor made.
+fn adopt(name: &VolumeName, fd: OwnedFd, size: u64) -> Result<(File, u64), BackendError> {
+    use std::os::unix::fs::FileExt;
+    let failed = system_error(name, "adopt its memory");
+    let file = File::from(fd);
+    let mut header = [0; 16];
+    let seals = rustix::fs::fcntl_get_seals(&file).map_err(|errno| failed(errno.into()))?;
+    file.read_exact_at(&mut header, 0).map_err(&failed)?;
+    let (magic, incarnation) = header.split_at(8);
+    if magic != MAGIC.to_le_bytes() || !seals.contains(SealFlags::SHRINK) {
+        return Err(BackendError::Lost(name.clone()));
+    }
+    let present = file.metadata().map_err(&failed)?.len();
+    // A resize that grew the registry's entry and not the memory.
+    if present < HEADER_BYTES + size {
+        file.set_len(HEADER_BYTES + size).map_err(&failed)?;
+    }
+    let incarnation = incarnation.try_into().map(u64::from_le_bytes);
+    Ok((file, incarnation.map_err(|_| BackendError::Lost(name.clone()))?))
+}
+
+struct MemVolume {
+    name: VolumeName,
+    size: AtomicU64,
+    file: File,
+    /// Replaced when the volume grows; held for reading while data is copied.
+    map: RwLock<Map>,
+}
+
+impl MemVolume {
+    fn apply(&self, request: &Request) -> Result<(), Errno> {
+        let (offset, length) = (request.offset, request.length);
+        match request.op {
+            Op::Flush => Ok(()),
+            Op::Discard | Op::WriteZeroes if length == 0 => Ok(()),
+            Op::Discard | Op::WriteZeroes => self.punch(offset, length),
+            Op::Read | Op::Write => {
+                let map = self.map.read().unwrap_or_else(PoisonError::into_inner);
+                let is_write = request.op == Op::Write;
+                map.copy(offset, request.segments.as_slice(), is_write).ok_or(Errno::IO)
+            }
+        }
+    }
+
+    /// Gives memory back; what is not a whole page of it is zeroed in place.
+    fn punch(&self, offset: u64, length: u64) -> Result<(), Errno> {
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        loop {
+            match rustix::fs::fallocate(&self.file, mode, HEADER_BYTES + offset, length) {
+                Ok(()) => return Ok(()),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(Errno(errno.raw_os_error())),
+            }
+        }
+    }
+}
+
+impl Volume for MemVolume {
+    fn size(&self) -> u64 {
+        self.size.load(SeqCst)
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { discard: true, write_zeroes: true, fences: false }
+    }
+
+    fn submit(&self, lane: &mut Lane, request: Request) {
+        let result = self.apply(&request);
+        request.complete(lane, result);
+    }
+
+    fn resize(&self, size: u64) -> Result<u64, BackendError> {
+        check_size(&self.name, size)?;
+        let failed = system_error(&self.name, "resize its memory");
+        let mut map = self.map.write().unwrap_or_else(PoisonError::into_inner);
+        let capacity = map.bytes();
+        if size < capacity {
+            self.punch(size, capacity - size).map_err(|errno| failed(errno.into()))?;
+        } else if size > capacity {
+            self.file.set_len(HEADER_BYTES + size).map_err(&failed)?;
+            *map = Map::new(&self.file, HEADER_BYTES).map_err(&failed)?;
+        }
+        self.size.store(size, SeqCst);
+        Ok(size)
+    }
+
+    /// Memory stays in the store until the volume is deleted.
+    fn close(&self) {}
+}
