@@ -17,6 +17,7 @@ use nebd_keeper::names;
 use nebd_keeper::notify::{Holdings, Notifier, Reregister};
 use nebd_keeper::standby::{StandbyChannel, StandbyMessage};
 use rustix::event::{PollFd, PollFlags};
+use rustix::net::SocketFlags;
 use rustix::process::{Pid, Resource, Rlimit, Signal};
 
 struct Server {
@@ -137,10 +138,10 @@ impl Server {
                 self.page.pong(0);
             }
             if ready[1] {
-                let _closed_at_once = rustix::net::accept(&self.client);
+                let _closed_at_once = rustix::net::accept_with(&self.client, SocketFlags::CLOEXEC);
             }
             if ready[0]
-                && let Ok(connection) = rustix::net::accept(&self.admin)
+                && let Ok(connection) = rustix::net::accept_with(&self.admin, SocketFlags::CLOEXEC)
             {
                 let mut stream = UnixStream::from(connection);
                 let mut line = String::new();

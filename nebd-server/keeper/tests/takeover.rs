@@ -134,8 +134,10 @@ fn a_replaced_keeper_keeps_everything() {
         eventually("a new image", || (image() != before).then_some(()));
         // Answered by the new image, which by then has opened all it opens.
         rig.tell(&format!("store m.round{round} {round}"));
-        let count = count_fds(rig.keeper_pid()) - round;
-        assert_eq!(count, *fds.get_or_insert(count), "descriptors leak");
+        // (The barrier's descriptor may still be about to be closed.)
+        let count = || count_fds(rig.keeper_pid()) - round;
+        let least = *fds.get_or_insert_with(count);
+        eventually("no more descriptors than before", || (count() <= least).then_some(()));
     }
     assert_eq!(rig.info().pid, first.pid);
     assert!(is_alive(standby));
@@ -174,7 +176,7 @@ fn a_new_keeper_adopts_the_server_of_a_dead_one() {
     let second = rig.successor(&first);
     assert_eq!((second.pid, second.standby), (warm, true));
     assert_eq!(second.generation, first.generation + 1);
-    // No child of this keeper: older kernels do not say how it ended.
+    // No child of this keeper: before Linux 6.15 an init that is quick to reap hides the cause.
     assert!(["Crash", "Unknown"].contains(&second.cause.as_str()), "{}", second.cause);
     assert_eq!((second.store["m.a"].as_str(), second.store["m.b"].as_str()), ("a", "b"));
 }

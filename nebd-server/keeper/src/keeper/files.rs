@@ -138,6 +138,15 @@ pub(crate) fn start_time(pid: i32) -> Option<u64> {
     stat[stat.rfind(')')? + 1..].split_ascii_whitespace().nth(19)?.parse().ok()
 }
 
+/// The wait status of a process that has ended but was not reaped yet.
+pub(crate) fn zombie_status(pid: i32, start: u64) -> Option<i32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let fields: Vec<&str> = stat[stat.rfind(')')? + 1..].split_ascii_whitespace().collect();
+    let same = fields.get(19)?.parse() == Ok(start);
+    // Field 52 of all.
+    (same && fields[0] == "Z").then(|| fields.get(49)?.parse().ok()).flatten()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -19,9 +19,6 @@ use crate::{names, sys};
 /// Names longer than this together travel in a memfd; execve takes 128 KiB a string.
 const NAMES_BYTES_MAX: usize = 96 << 10;
 
-/// How long the end of an adopted server is waited for: its blackout goes on meanwhile.
-const REAP_TIME_MAX_MS: u32 = 5;
-
 /// A server or a standby, ours or adopted.
 #[derive(Debug)]
 pub(crate) struct Process {
@@ -102,16 +99,13 @@ impl Process {
         Some(end)
     }
 
-    /// Its parent, init, has the status. Newer kernels keep it for holders of a pidfd too.
+    /// Its parent, init, is told. We see it as long as it is a zombie, and newer kernels keep it for
+    /// holders of a pidfd.
     fn end_of_adopted(&self) -> End {
-        for _ in 0..REAP_TIME_MAX_MS {
-            match sys::end_of_stranger(self.pidfd.as_fd()) {
-                Ok(Some(raw)) => return End::of_raw(raw),
-                Ok(None) => std::thread::sleep(Duration::from_millis(1)),
-                Err(_) => break,
-            }
-        }
-        End { cause: DeathCause::Unknown, status: None, signal: None }
+        let raw = files::zombie_status(self.pid, self.start);
+        let raw = raw.or_else(|| sys::end_of_stranger(self.pidfd.as_fd()).ok().flatten());
+        let unknown = End { cause: DeathCause::Unknown, status: None, signal: None };
+        raw.map_or(unknown, End::of_raw)
     }
 
     /// Whether it was stopped (true) or continued (false) since this was last asked.
