@@ -149,7 +149,8 @@ impl ClientDevice {
             if op == Op::Read {
                 let mut at = 0;
                 for buffer in &mut buffers {
-                    lane.buffer.read(at, buffer);
+                    let is_inside = lane.buffer.read(at, buffer);
+                    debug_assert!(is_inside, "it was written to the same place at submission");
                     at += buffer.len();
                 }
             }

@@ -23,9 +23,11 @@
 //! assert!(load::total(&load.sweep()).is_clean());
 //! ```
 
+pub mod campaign;
 pub mod client_device;
 pub mod device;
 pub mod fence_store;
+pub mod file_device;
 pub mod load;
 pub mod memory;
 pub mod oracle;

@@ -17,7 +17,7 @@ fn stream(fault: Fault, block_bytes: u32, seed: u64, steps: u64) -> Stream<Memor
         seed,
         steps_max: Some(steps),
         stall_limit: Duration::from_millis(300),
-        tracks_durability: Fault::FOUND_AFTER_POWER_CUT.contains(&fault) || seed % 2 == 0,
+        tracks_durability: Fault::FOUND_AFTER_POWER_CUT.contains(&fault) || seed & 1 == 0,
         ..StreamOptions::default()
     };
     Stream::new(device, 4, options, Arc::new(Timeline::default()))

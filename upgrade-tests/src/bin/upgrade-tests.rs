@@ -1,0 +1,214 @@
+//! `upgrade-tests`: proves that a block device survives the death and replacement of its server.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use clap::{Args, Parser, Subcommand};
+use nebd_upgrade_tests::campaign::{self, CampaignConfig, Kill};
+use nebd_upgrade_tests::client_device::{AttachOptions, ClientDevice};
+use nebd_upgrade_tests::device::Device;
+use nebd_upgrade_tests::file_device::FileDevice;
+use nebd_upgrade_tests::load::{Load, total};
+use nebd_upgrade_tests::report::VolumeReport;
+use nebd_upgrade_tests::stream::{Stream, StreamOptions};
+use nebd_upgrade_tests::supervisor::Programs;
+use nebd_upgrade_tests::timeline::Timeline;
+use nebd_upgrade_tests::workload::Mix;
+
+/// Kills servers under load and checks every byte. Exit code 0: nothing was wrong; 1: something
+/// was; 2: the test itself could not be carried out.
+#[derive(Parser)]
+#[command(name = "upgrade-tests", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Start a nebd-server of our own, and kill it again and again under verified load.
+    Soak(Soak),
+    /// Put a device that is there already under verified load; its contents are overwritten.
+    Run(Run),
+}
+
+#[derive(Args)]
+struct Soak {
+    /// Kills that must have met enough writes in flight.
+    #[arg(long, default_value_t = 100)]
+    kills: usize,
+    /// file, mem or fence-test.
+    #[arg(long, default_value = "file")]
+    backend: String,
+    /// Volumes, each attached once.
+    #[arg(long, default_value_t = 1)]
+    sessions: usize,
+    /// How the server dies, taken in turn: sigkill, sigsegv, sigabrt, sigstop, stop-cont, POINT:ACTION.
+    #[arg(long, value_delimiter = ',', default_value = "sigkill")]
+    kind: Vec<Kill>,
+    /// Requests in flight on each volume.
+    #[arg(long, default_value_t = 32)]
+    depth: u32,
+    /// Size of each volume in MiB.
+    #[arg(long, default_value_t = 16)]
+    size_mib: u64,
+    /// 4096 or 512.
+    #[arg(long, default_value_t = 4096)]
+    block_size: u32,
+    /// Writes in flight without which a kill does not count.
+    #[arg(long, default_value_t = 8)]
+    writes: u64,
+    /// Keep a warm standby.
+    #[arg(long)]
+    standby: bool,
+    /// Longest load between two kills, in milliseconds.
+    #[arg(long, default_value_t = 30)]
+    pause_ms: u64,
+    /// Threads of the harness.
+    #[arg(long, default_value_t = 1)]
+    threads: usize,
+    /// Seed of the workload and of the pauses.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// An argument for the fence-store, such as --store-arg=--no-fence; may be repeated.
+    #[arg(long)]
+    store_arg: Vec<String>,
+    /// NAME=VALUE for the server's environment; may be repeated.
+    #[arg(long, value_parser = variable)]
+    env: Vec<(String, String)>,
+    /// nebd-server, of a build with the feature test-hooks [default: beside this program]
+    #[arg(long)]
+    nebd_server: Option<PathBuf>,
+    /// fence-store [default: beside this program]
+    #[arg(long)]
+    fence_store: Option<PathBuf>,
+    /// Print the result as JSON, on the last line.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct Run {
+    /// A volume of nebd, BACKEND:NAME, at the socket of --socket; or the path of a block device or
+    /// file of any other system.
+    device: String,
+    /// nebd's client socket.
+    #[arg(long, env = "NEBD_SOCKET", default_value = "/run/nebd/nebd.sock")]
+    socket: PathBuf,
+    /// Requests in flight.
+    #[arg(long, default_value_t = 16)]
+    depth: u32,
+    /// How long.
+    #[arg(long, default_value_t = 10)]
+    seconds: u64,
+    /// A shell command that kills or replaces the server, called again and again.
+    #[arg(long)]
+    kill_command: Option<String>,
+    /// Between two such calls, in milliseconds.
+    #[arg(long, default_value_t = 1000)]
+    kill_every_ms: u64,
+    /// A request that takes longer is taken for lost, in seconds.
+    #[arg(long, default_value_t = 60)]
+    stall_seconds: u64,
+    /// Seed of the workload.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Print the result as JSON, on the last line.
+    #[arg(long)]
+    json: bool,
+}
+
+fn variable(text: &str) -> Result<(String, String), &'static str> {
+    let (name, value) = text.split_once('=').ok_or("not of the form NAME=VALUE")?;
+    Ok((name.into(), value.into()))
+}
+
+fn main() -> ExitCode {
+    let clean = match Cli::parse().command {
+        Command::Soak(soak) => run_soak(soak),
+        Command::Run(run) => run_device(&run),
+    };
+    match clean {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(error) => {
+            eprintln!("upgrade-tests: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run_soak(soak: Soak) -> anyhow::Result<bool> {
+    let programs = Programs::find(soak.nebd_server, soak.fence_store)?;
+    let config = CampaignConfig {
+        sessions: soak.sessions,
+        kills: soak.kills,
+        kinds: soak.kind,
+        depth: soak.depth,
+        volume_bytes: soak.size_mib << 20,
+        block_bytes: soak.block_size,
+        writes_min: soak.writes,
+        standby: soak.standby,
+        pause_ms_max: soak.pause_ms,
+        threads: soak.threads,
+        seed: soak.seed,
+        store_arguments: soak.store_arg,
+        environment: soak.env,
+        ..CampaignConfig::new(programs, &soak.backend)
+    };
+    let summary = campaign::run(config)?;
+    println!("{summary}");
+    if soak.json {
+        println!("{}", serde_json::to_string(&summary)?);
+    }
+    Ok(summary.is_clean())
+}
+
+fn run_device(run: &Run) -> anyhow::Result<bool> {
+    let device: Box<dyn Device> = if run.device.contains('/') {
+        Box::new(FileDevice::open(run.device.as_ref(), run.depth as usize)?)
+    } else {
+        let how = AttachOptions { depth: run.depth, ..AttachOptions::default() };
+        Box::new(ClientDevice::open(&run.socket, &run.device, &how)?)
+    };
+    let options = StreamOptions {
+        seed: run.seed,
+        // Whatever an earlier run left is told apart from what this one writes.
+        incarnation: std::process::id(),
+        starts_zeroed: false,
+        depth: run.depth as usize,
+        mix: Mix::default(),
+        stall_limit: Duration::from_secs(run.stall_seconds),
+        ..StreamOptions::default()
+    };
+    let timeline = Timeline::shared();
+    let load = Load::start(vec![Stream::new(device, 0, options, timeline.clone())], 1);
+    let begun = Instant::now();
+    let mut next_kill = Duration::from_millis(run.kill_every_ms);
+    while begun.elapsed() < Duration::from_secs(run.seconds) && load.problems() == 0 {
+        std::thread::sleep(Duration::from_millis(5));
+        let Some(command) = run.kill_command.as_deref().filter(|_| begun.elapsed() > next_kill)
+        else {
+            continue;
+        };
+        timeline.note(format!("kill command at {} writes in flight", load.writes_in_flight()));
+        let status = std::process::Command::new("sh").args(["-c", command]).status()?;
+        anyhow::ensure!(status.success(), "the kill command failed: {status}");
+        next_kill = begun.elapsed() + Duration::from_millis(run.kill_every_ms);
+    }
+    let report = total(&load.sweep());
+    print_report(&report, begun.elapsed().as_secs_f64());
+    if run.json {
+        println!("{}", serde_json::to_string(&report)?);
+    }
+    Ok(report.is_clean())
+}
+
+fn print_report(report: &VolumeReport, seconds: f64) {
+    let VolumeReport { requests, blocks_checked, errors, mismatches, failures, .. } = report;
+    println!("{requests} requests in {seconds:.1} s, {blocks_checked} blocks checked");
+    println!("longest gap between completions {:.1} ms", report.blackout_us_max as f64 / 1000.0);
+    println!("errors {errors}, mismatches {mismatches}, failures {failures}");
+    report.problems.iter().for_each(|problem| println!("{problem}"));
+}

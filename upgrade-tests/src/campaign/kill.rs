@@ -1,0 +1,96 @@
+//! How a server dies.
+
+use std::fmt;
+use std::str::FromStr;
+
+use nix::sys::signal::Signal;
+
+/// How a server dies, or is made to look dead.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kill {
+    /// By a signal. SIGSTOP counts: the keeper notices, and kills what is stopped.
+    Signal(Signal),
+    /// Stopped, and continued before anybody acts: nobody dies.
+    StopAndContinue,
+    /// At a point in its code. The server that runs is killed first, for the list of failpoints is
+    /// read at start.
+    Failpoint {
+        /// The point.
+        point: String,
+        /// `kill`, `segv`, `abort`, `hang` or `stop`.
+        action: String,
+    },
+}
+
+impl Kill {
+    /// SIGKILL.
+    pub const SIGKILL: Kill = Kill::Signal(Signal::SIGKILL);
+    /// SIGSEGV, with a core dump where they are on.
+    pub const SIGSEGV: Kill = Kill::Signal(Signal::SIGSEGV);
+    /// SIGABRT.
+    pub const SIGABRT: Kill = Kill::Signal(Signal::SIGABRT);
+    /// SIGSTOP.
+    pub const SIGSTOP: Kill = Kill::Signal(Signal::SIGSTOP);
+
+    /// A failpoint.
+    pub fn at(point: &str, action: &str) -> Kill {
+        Kill::Failpoint { point: point.into(), action: action.into() }
+    }
+}
+
+/// Up to how often a server passes this point soon after its start.
+pub(super) fn passages(point: &str) -> u64 {
+    match point {
+        "after-pop" | "before-submit" | "after-submit" | "before-publish" | "after-publish" => 200,
+        "reissue" => 8,
+        _ => 1,
+    }
+}
+
+/// A text names no way to die.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is none of sigkill, sigsegv, sigabrt, sigstop, stop-cont, POINT:ACTION")]
+pub struct KillParseError(String);
+
+impl FromStr for Kill {
+    type Err = KillParseError;
+
+    fn from_str(text: &str) -> Result<Kill, KillParseError> {
+        Ok(match text {
+            "sigkill" => Kill::SIGKILL,
+            "sigsegv" => Kill::SIGSEGV,
+            "sigabrt" => Kill::SIGABRT,
+            "sigstop" => Kill::SIGSTOP,
+            "stop-cont" => Kill::StopAndContinue,
+            _ => match text.split_once(':') {
+                Some((point, action @ ("kill" | "segv" | "abort" | "hang" | "stop"))) => {
+                    Kill::at(point, action)
+                }
+                _ => return Err(KillParseError(text.into())),
+            },
+        })
+    }
+}
+
+impl fmt::Display for Kill {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Kill::Signal(signal) => f.write_str(&signal.as_str().to_lowercase()),
+            Kill::StopAndContinue => f.write_str("stop-cont"),
+            Kill::Failpoint { point, action } => write!(f, "{point}:{action}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_is_read_back() {
+        for text in ["sigkill", "sigsegv", "sigabrt", "sigstop", "stop-cont", "after-pop:hang"] {
+            assert_eq!(text.parse::<Kill>().unwrap().to_string(), text);
+        }
+        assert!("after-pop:dance".parse::<Kill>().is_err());
+    }
+}
