@@ -61,7 +61,7 @@ impl Reregister {
         Reregister { notifier, life }
     }
 
-    /// For a thread of its own: sleeps while a keeper lives, registers whenever one is lost.
+    /// For a thread of its own, once the server serves (it says so to the next keeper). Sleeps while a keeper lives, registers whenever one is lost.
     /// Returns once `stop` is readable or closed at its other end.
     pub fn run(
         mut self,

@@ -1,7 +1,7 @@
 //! A new keeper finds the server of a dead one.
 //!
 //! ```text
-//!   children: serving 17, other 18     18 is killed: a standby, or a server that never served
+//!   children: serving 17, other 18     18 is killed: a standby
 //!   17 alive, same start time ──► wait for REGISTER … FDSTORE … READY from 17 ──► keep it
 //!                                   │ it dies: keep the sockets it had sent
 //!                                   └ time is over: kill it, start anew
@@ -18,10 +18,14 @@ use super::config::{KeeperConfig, KeeperError};
 use super::files::{self, Role};
 use super::mailbox::{Change, Mailbox, answer};
 use super::process::Process;
+use crate::names;
 use crate::notify::{timespec, wait};
 
 /// How long a killed process may take to be gone; a large one dumps core for seconds.
 const DEATH_TIME_MAX: Duration = Duration::from_secs(60);
+
+/// What a registration must have.
+const REQUIRED: [&str; 5] = [names::LIFE, names::CLIENT, names::ADMIN, names::HOST, names::PROBE];
 
 /// What servers of a dead keeper left.
 #[derive(Default)]
@@ -94,7 +98,9 @@ fn register(
                 None => {}
             }
             barriers.extend(note.barrier);
-            if note.ready {
+            // A server that had just started when its keeper died says READY without registering.
+            let complete = REQUIRED.iter().all(|name| estate.registered.contains_key(*name));
+            if note.ready && complete {
                 barriers.into_iter().for_each(answer);
                 return Ok(true);
             }

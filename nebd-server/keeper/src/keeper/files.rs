@@ -86,9 +86,9 @@ pub(crate) fn remove(path: &Path) {
 /// What a child is there for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Role {
-    /// It said READY.
+    /// It serves, or was told to.
     Serving,
-    /// Not yet, or not any more.
+    /// Standing by, or about to exit.
     Other,
 }
 

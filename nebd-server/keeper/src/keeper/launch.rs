@@ -263,7 +263,8 @@ impl Supervisor {
         let starting =
             Process::start(&program, &fds).map_err(KeeperError::system("start a server"))?;
         self.events.add_process(&starting.process)?;
-        self.write_children_with(Some(&starting.process));
+        let role = if standby { files::Role::Other } else { files::Role::Serving };
+        self.write_children_with(Some((&starting.process, role)));
         let process = starting.go();
         tracing::info!(pid = process.pid, standby, "started");
         Ok(process)

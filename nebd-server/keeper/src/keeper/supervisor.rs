@@ -322,7 +322,6 @@ impl Supervisor {
         if !server.was_standby {
             self.write_server_pid();
         }
-        self.write_children();
         if let Some(superior) = &self.superior {
             superior.ready();
         }
@@ -368,7 +367,6 @@ impl Supervisor {
         } else if stream.is_empty() {
             server.stream = None;
             self.write_server_pid();
-            self.write_children();
         }
     }
 
@@ -433,6 +431,8 @@ impl Supervisor {
             stream: Some(stream),
             was_standby: true,
         });
+        // Before it is told: a keeper after us must not take it for a mere standby.
+        self.write_children();
         self.flush_streams();
     }
 
@@ -448,13 +448,14 @@ impl Supervisor {
     }
 
     /// Also with one that is about to start.
-    pub(super) fn write_children_with(&self, starting: Option<&Process>) {
-        let serving = self.serving.as_ref().filter(|s| s.ready).map(|s| s.process.pid);
+    pub(super) fn write_children_with(&self, starting: Option<(&Process, Role)>) {
+        let serving = self.serving.as_ref().map(|s| s.process.pid);
         let record = |p: &Process| {
             let role = if serving == Some(p.pid) { Role::Serving } else { Role::Other };
             Record { role, pid: p.pid, start: p.start }
         };
-        let records: Vec<Record> = self.processes().chain(starting).map(record).collect();
+        let starting = starting.map(|(p, role)| Record { role, ..record(p) });
+        let records: Vec<Record> = self.processes().map(record).chain(starting).collect();
         self.written(files::write_children(&self.config.state_dir, &records));
     }
 
