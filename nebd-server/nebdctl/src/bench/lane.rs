@@ -166,7 +166,8 @@ impl Lane {
             for word in self.scratch.chunks_exact_mut(8) {
                 word.copy_from_slice(&self.dice.bits().to_le_bytes());
             }
-            slot.buffer.write(0, &self.scratch);
+            let is_filled = slot.buffer.write(0, &self.scratch);
+            debug_assert!(is_filled, "a buffer is as long as the scratch");
         }
     }
 
@@ -276,12 +277,15 @@ impl Lane {
         let offset = unit * self.work.unit_bytes;
         let slot = &mut self.slots[index];
         if let Some(checker) = &mut self.checker {
-            if is_write {
+            let is_filled = if is_write {
                 slot.write = checker.stamp(unit, &mut self.scratch);
-                slot.buffer.write(0, &self.scratch);
+                slot.buffer.write(0, &self.scratch)
             } else {
                 // What no read may leave there.
-                slot.buffer.write(0, b"never filled in\0");
+                slot.buffer.write(0, b"never filled in\0")
+            };
+            if !is_filled {
+                return Err(SubmitError::Errno(Errno::INVAL));
             }
         }
         let io = match is_write {
@@ -316,7 +320,8 @@ impl Lane {
             return checker.written(unit, write, result.is_ok());
         }
         if result.is_ok() {
-            self.slots[index].buffer.read(0, &mut self.scratch);
+            let is_copied = self.slots[index].buffer.read(0, &mut self.scratch);
+            debug_assert!(is_copied, "a buffer is as long as the scratch");
             if let Err(wrong) = checker.check(unit, &self.scratch) {
                 self.tally.mismatches += 1;
                 self.problem(wrong);
