@@ -4,13 +4,35 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nebd_backend::FdStore;
 use nebd_keeper::notify::Notifier;
 
 /// Longest wait for the keeper to confirm that it holds what it was given.
 const BARRIER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Pause between attempts while there is no keeper.
+const ORPHAN_PAUSE: Duration = Duration::from_millis(20);
+
+fn is_orphaned(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotConnected, NotFound};
+    matches!(
+        error.kind(),
+        BrokenPipe | ConnectionRefused | ConnectionReset | NotConnected | NotFound
+    )
+}
+
+/// Without a keeper a change is kept here; the next keeper is sent all there is.
+fn unless_orphaned(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if is_orphaned(&error) => {
+            tracing::warn!(%error, "no keeper; the next one will be told");
+            Ok(())
+        }
+        result => result,
+    }
+}
 
 /// What this process holds, mirrored at the keeper (or service manager) if there is one.
 pub struct ServerStore {
@@ -52,27 +74,36 @@ impl ServerStore {
 impl FdStore for ServerStore {
     fn put(&self, name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {
         let duplicate = fd.try_clone_to_owned()?;
-        // The lock is kept over the send, so that the keeper hears of changes in their order.
+        // The lock is kept over the send, so that the keeper hears of changes in their order. Held
+        // first, sent second: whatever a dying keeper missed is sent again to the next one.
         let mut held = self.held();
-        if let Some(notifier) = &self.notifier {
-            notifier.store(name, duplicate.as_fd())?;
-        }
         held.insert(name.to_owned(), duplicate);
-        Ok(())
+        match &self.notifier {
+            Some(notifier) => unless_orphaned(notifier.store(name, fd)),
+            None => Ok(()),
+        }
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
         let mut held = self.held();
-        if held.remove(name).is_some() {
-            if let Some(notifier) = &self.notifier {
-                notifier.remove(name)?;
-            }
+        match (held.remove(name), &self.notifier) {
+            (Some(_), Some(notifier)) => unless_orphaned(notifier.remove(name)),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     fn barrier(&self) -> io::Result<()> {
-        self.notifier.as_ref().map_or(Ok(()), |notifier| notifier.barrier(BARRIER_TIMEOUT))
+        let Some(notifier) = &self.notifier else { return Ok(()) };
+        let deadline = Instant::now() + BARRIER_TIMEOUT;
+        loop {
+            match notifier.barrier(BARRIER_TIMEOUT) {
+                // The keeper died; its successor will be sent everything.
+                Err(error) if is_orphaned(&error) && Instant::now() < deadline => {
+                    std::thread::sleep(ORPHAN_PAUSE);
+                }
+                result => return result,
+            }
+        }
     }
 
     fn fetch(&self, name: &str) -> Option<OwnedFd> {

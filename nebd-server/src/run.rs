@@ -19,7 +19,9 @@ use std::time::Duration;
 use nebd_abi::Generation;
 use nebd_abi::host::HostPage;
 use nebd_abi::region::RegionError;
-use nebd_backend::{Backend, LaneConfig, NullBackend};
+use nebd_backend::{
+    Backend, FileBackend, FileConfig, FileEngineChoice, LaneConfig, MemBackend, NullBackend,
+};
 use nebd_keeper::inherit::{InheritError, Inherited};
 use nebd_keeper::notify::{Holdings, Notifier, Reregister};
 use nebd_keeper::standby::{StandbyChannel, StandbyMessage};
@@ -59,6 +61,9 @@ pub enum RunError {
         /// Why.
         source: io::Error,
     },
+    /// The configuration insists on an engine that the kernel refuses.
+    #[error("configuration key file.engine is io_uring, but {0}; use auto or threads")]
+    Engine(#[source] nebd_backend::UringRefusal),
     /// A system call failed.
     #[error("cannot {action}")]
     System {
@@ -76,6 +81,7 @@ fn system<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> RunErro
 /// Serves until the process ends; returns early only if another process owns the host's volumes.
 pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(), RunError> {
     raise_descriptor_limit();
+    die_of_panics();
     let mode = config.socket_mode()?;
     std::fs::create_dir_all(&config.state_dir).map_err(system("create the state directory"))?;
     #[cfg(feature = "test-hooks")]
@@ -175,7 +181,7 @@ fn build(
         .map(|index| crate::shard::spawn(index, context.clone()))
         .collect::<io::Result<Vec<_>>>()
         .map_err(system("start a shard"))?;
-    let (backends, file_engine) = backends(config)?;
+    let (backends, file_engine) = backends(config, &store)?;
     Ok(Server::new(ServerParts {
         registry: Registry::load(&config.state_dir)?,
         store,
@@ -191,8 +197,29 @@ fn build(
     }))
 }
 
-fn backends(_config: &Config) -> Result<(Vec<Box<dyn Backend>>, String), RunError> {
-    Ok((vec![Box::new(NullBackend)], String::new()))
+fn backends(
+    config: &Config,
+    store: &Arc<ServerStore>,
+) -> Result<(Vec<Box<dyn Backend>>, String), RunError> {
+    let image_dir = config.image_dir();
+    std::fs::create_dir_all(&image_dir).map_err(system("create the image directory"))?;
+    let engine = match config.file.engine.as_str() {
+        "io_uring" => FileEngineChoice::IoUring,
+        "threads" => FileEngineChoice::Threads,
+        _ => FileEngineChoice::Auto,
+    };
+    let pool_threads = config.file.threads.max(1);
+    let file = FileBackend::new(FileConfig { engine, pool_threads, ..FileConfig::new(image_dir) })
+        .map_err(RunError::Engine)?;
+    let file_engine = file.engine().to_string();
+    #[allow(unused_mut, reason = "test builds add one")]
+    let mut backends: Vec<Box<dyn Backend>> =
+        vec![Box::new(NullBackend), Box::new(MemBackend::new(store.clone())), Box::new(file)];
+    #[cfg(feature = "test-hooks")]
+    if let Some(fence_test) = nebd_backend::FenceTestBackend::from_env() {
+        backends.push(Box::new(fence_test));
+    }
+    Ok((backends, file_engine))
 }
 
 /// Collects the store until this process is wanted; false if the keeper has gone.
@@ -245,6 +272,15 @@ fn lock(state_dir: &Path) -> Result<std::fs::File, RunError> {
     let file = std::fs::File::create(&path).map_err(system("create server.lock"))?;
     file.try_lock().map_err(|_| RunError::Locked(state_dir.into()))?;
     Ok(file)
+}
+
+/// A thread that panicked leaves its queues unserved; a successor serves them within milliseconds.
+fn die_of_panics() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::abort();
+    }));
 }
 
 fn raise_descriptor_limit() {

@@ -241,10 +241,12 @@ impl Shard {
             let key = self.active[at];
             let served = self.serve(key);
             busy |= matches!(served, Served::Some);
-            if matches!(served, Served::Asleep) {
-                self.active.swap_remove(at);
-            } else {
-                at += 1;
+            // A queue that was drained just now is gone from the list already.
+            let still_here = self.active.get(at) == Some(&key);
+            match served {
+                Served::Asleep if still_here => _ = self.active.swap_remove(at),
+                _ if still_here => at += 1,
+                _ => {}
             }
         }
         self.lane.flush();
