@@ -176,7 +176,7 @@ impl Pages {
     fn new(total: u32) -> Pages {
         let mut taken = vec![0; (total as usize).div_ceil(64)];
         // Bits beyond the last page are never free.
-        if let Some(last) = taken.last_mut().filter(|_| total % 64 != 0) {
+        if let Some(last) = taken.last_mut().filter(|_| !total.is_multiple_of(64)) {
             *last = u64::MAX << (total % 64);
         }
         let recent = vec![Vec::new(); RECENT_PAGES_MAX];

@@ -216,7 +216,7 @@ impl Core {
             return Err(Errno::ROFS);
         }
         let block = u64::from(self.block_size.load(Relaxed));
-        if offset % block != 0 || length % block != 0 {
+        if !offset.is_multiple_of(block) || !length.is_multiple_of(block) {
             return Err(Errno::INVAL);
         }
         // The server writes the size to the header before it tells: of two sizes the larger one

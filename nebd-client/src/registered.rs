@@ -215,7 +215,7 @@ fn check_memfd(fd: BorrowedFd<'_>, size: u64) -> Result<(), CallError> {
     }
     let stat = rustix::fs::fstat(fd)
         .map_err(|errno| CallError::System { action: "stat the memfd", source: errno.into() })?;
-    if size == 0 || size % PAGE != 0 || u64::try_from(stat.st_size) != Ok(size) {
+    if size == 0 || !size.is_multiple_of(PAGE) || u64::try_from(stat.st_size) != Ok(size) {
         return wrong("its size is not the one given, or no whole number of pages");
     }
     Ok(())

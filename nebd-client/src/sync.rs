@@ -128,11 +128,15 @@ impl Spin {
         Spin { max_ns, budget_ns: AtomicU64::new(max_ns), skipped: AtomicU32::new(0) }
     }
 
+    fn is_time_to_probe(&self) -> bool {
+        self.skipped.fetch_add(1, Relaxed).is_multiple_of(Spin::PROBE_EVERY)
+    }
+
     /// Spins until `ready`; false if the budget was over first.
     pub(crate) fn until(&self, mut ready: impl FnMut() -> bool) -> bool {
         let mut budget_ns = self.budget_ns.load(Relaxed);
         if budget_ns < Spin::BUDGET_NS_MIN {
-            if self.max_ns == 0 || self.skipped.fetch_add(1, Relaxed) % Spin::PROBE_EVERY != 0 {
+            if self.max_ns == 0 || !self.is_time_to_probe() {
                 return false;
             }
             budget_ns = self.max_ns / 2;
