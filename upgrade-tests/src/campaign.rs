@@ -10,6 +10,7 @@
 //! instant: submitted before it, and reaped after it.
 
 mod kill;
+mod power;
 mod summary;
 
 use std::sync::Arc;
@@ -29,6 +30,7 @@ use crate::timeline::Timeline;
 use crate::workload::Mix;
 
 pub use kill::{Kill, KillParseError};
+pub use power::run_power_cuts;
 pub use summary::{Blackouts, Summary};
 
 /// What a campaign does.
@@ -161,6 +163,15 @@ pub struct Campaign {
 impl Campaign {
     /// Starts everything, and puts every volume under load.
     pub fn start(config: CampaignConfig) -> Result<Campaign, CampaignError> {
+        let mut campaign = Campaign::prepare(config)?;
+        let Campaign { config, host, timeline, .. } = &campaign;
+        let streams = start_streams(config, host, timeline, false)?;
+        campaign.load = Some(Load::start(streams, campaign.config.threads));
+        Ok(campaign)
+    }
+
+    /// Starts everything but the load.
+    fn prepare(config: CampaignConfig) -> Result<Campaign, CampaignError> {
         let mut host_config = HostConfig::new(&config.programs.server);
         host_config.standby = config.standby;
         host_config.file_engine = config.file_engine;
@@ -176,15 +187,13 @@ impl Campaign {
             store = Some(started);
         }
         let host = Host::start(&host_config)?;
-        let timeline = Timeline::shared();
-        let load = start_load(&config, &host, &timeline)?;
         Ok(Campaign {
             dice: Dice::new(config.seed),
             summary: Summary::new(&config),
             begun: Instant::now(),
-            load: Some(load),
+            load: None,
             config,
-            timeline,
+            timeline: Timeline::shared(),
             host,
             store,
         })
@@ -350,11 +359,12 @@ pub fn run(config: CampaignConfig) -> Result<Summary, CampaignError> {
     Ok(campaign.finish())
 }
 
-fn start_load(
+fn start_streams(
     config: &CampaignConfig,
     host: &Host,
     timeline: &Arc<Timeline>,
-) -> Result<Load<ClientDevice>, CampaignError> {
+    tracks_durability: bool,
+) -> Result<Vec<Stream<ClientDevice>>, CampaignError> {
     let admin = host.admin()?;
     let attach = AttachOptions { depth: config.depth, ..AttachOptions::default() };
     let mut streams = Vec::with_capacity(config.sessions);
@@ -371,9 +381,10 @@ fn start_load(
             mix: config.mix.clone(),
             depth: config.depth as usize,
             stall_limit: config.stall_limit,
+            tracks_durability,
             ..StreamOptions::default()
         };
         streams.push(Stream::new(device, index as u64, options, timeline.clone()));
     }
-    Ok(Load::start(streams, config.threads))
+    Ok(streams)
 }

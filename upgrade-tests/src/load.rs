@@ -27,19 +27,25 @@ struct Shared {
 
 impl Shared {
     fn goal(&self) -> Goal {
-        match self.goal.load(SeqCst) {
-            0 => Goal::Run,
-            1 => Goal::Drain,
-            _ => Goal::Sweep,
-        }
+        let goal = self.goal.load(SeqCst);
+        [Goal::Run, Goal::Drain]
+            .into_iter()
+            .find(|known| *known as u8 == goal)
+            .unwrap_or(Goal::Sweep)
     }
 }
 
 impl<D: Device + 'static> Load<D> {
     /// Puts streams under load on `threads` threads.
     pub fn start(streams: Vec<Stream<D>>, threads: usize) -> Load<D> {
+        Load::start_with(streams, threads, Goal::Run)
+    }
+
+    /// The same with another goal than [`Goal::Run`] to begin with.
+    pub fn start_with(streams: Vec<Stream<D>>, threads: usize, goal: Goal) -> Load<D> {
         let gauges = streams.iter().map(Stream::gauges).collect();
-        let shared = Arc::new(Shared { goal: AtomicU8::new(0), resting: AtomicUsize::new(0) });
+        let goal = AtomicU8::new(goal as u8);
+        let shared = Arc::new(Shared { goal, resting: AtomicUsize::new(0) });
         let threads = threads.clamp(1, streams.len().max(1));
         let mut shares: Vec<Vec<Stream<D>>> = (0..threads).map(|_| Vec::new()).collect();
         for (index, stream) in streams.into_iter().enumerate() {
@@ -82,16 +88,16 @@ impl<D: Device + 'static> Load<D> {
 
     /// Waits until nothing is in flight.
     pub fn drain(self) -> Vec<Stream<D>> {
-        self.join(1)
+        self.join(Goal::Drain)
     }
 
     /// Waits until nothing is in flight, then reads every block.
     pub fn sweep(self) -> Vec<Stream<D>> {
-        self.join(2)
+        self.join(Goal::Sweep)
     }
 
-    fn join(self, goal: u8) -> Vec<Stream<D>> {
-        self.shared.goal.store(goal, SeqCst);
+    fn join(self, goal: Goal) -> Vec<Stream<D>> {
+        self.shared.goal.store(goal as u8, SeqCst);
         let joined = self.threads.into_iter().map(JoinHandle::join);
         joined
             .flat_map(|streams| streams.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
