@@ -21,6 +21,7 @@ pub mod session;
 pub mod volume;
 
 mod control;
+mod fatal;
 mod fd_store;
 mod hooks;
 mod jobs;

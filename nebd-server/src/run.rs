@@ -12,6 +12,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -82,8 +83,9 @@ fn system<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> RunErro
 pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(), RunError> {
     raise_descriptor_limit();
     die_of_panics();
+    crate::fatal::die_at_once();
     let mode = config.socket_mode()?;
-    std::fs::create_dir_all(&config.state_dir).map_err(system("create the state directory"))?;
+    create_private(&config.state_dir).map_err(system("create the state directory"))?;
     #[cfg(feature = "test-hooks")]
     crate::failpoint::active::load(&config.state_dir);
     let alone = inherited.host.is_none();
@@ -202,7 +204,7 @@ fn backends(
     store: &Arc<ServerStore>,
 ) -> Result<(Vec<Box<dyn Backend>>, String), RunError> {
     let image_dir = config.image_dir();
-    std::fs::create_dir_all(&image_dir).map_err(system("create the image directory"))?;
+    create_private(&image_dir).map_err(system("create the image directory"))?;
     let engine = match config.file.engine.as_str() {
         "io_uring" => FileEngineChoice::IoUring,
         "threads" => FileEngineChoice::Threads,
@@ -272,6 +274,11 @@ fn lock(state_dir: &Path) -> Result<std::fs::File, RunError> {
     let file = std::fs::File::create(&path).map_err(system("create server.lock"))?;
     file.try_lock().map_err(|_| RunError::Locked(state_dir.into()))?;
     Ok(file)
+}
+
+/// What guests store is nobody else's to read.
+fn create_private(dir: &Path) -> io::Result<()> {
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
 }
 
 /// A thread that panicked leaves its queues unserved; a successor serves them within milliseconds.

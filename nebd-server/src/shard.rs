@@ -305,6 +305,10 @@ impl Shard {
         match command {
             Command::Serve(setup) => self.add(*setup),
             Command::Suspect { session, queue, request } => {
+                if !self.by_session.contains_key(&(session, queue)) {
+                    // Its session has ended meanwhile; the next suspect must not wait for it.
+                    self.context.events.send(ShardEvent::SuspectAnswered(session));
+                }
                 self.with_queue(session, queue, |task, shard| {
                     task.dispatch_suspect(&mut shard.lane, &shard.context, request);
                 });

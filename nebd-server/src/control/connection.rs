@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use nebd_abi::control::{AttachFlags, DecodeError, Message};
 use nebd_abi::layout::{LayoutVersion, MEMORIES_MAX, SessionId};
@@ -24,6 +25,8 @@ pub struct Connection {
     peer: UCred,
     greeted: bool,
     session: Option<SessionId>,
+    /// An attach is under way: a second one would cost another worker thread.
+    attaching: Arc<AtomicBool>,
     /// Registered before the attach.
     memories: Memories,
 }
@@ -37,6 +40,7 @@ impl Connection {
             peer,
             greeted: false,
             session: None,
+            attaching: Arc::default(),
             memories: Memories::new(),
         })
     }
@@ -148,11 +152,11 @@ fn attach(control: &mut Control, key: u64, request: u64, message: Message, fds: 
     let Message::Attach { session, flags, queue_count, incarnation, volume } = message else {
         return;
     };
-    if connection.session.is_some() {
+    if connection.session.is_some() || connection.attaching.swap(true, Relaxed) {
         let text = format!("volume {volume}: this connection has a session already");
         return control.reply(key, request, &failed(Errno(17), text));
     }
-    let socket = connection.socket.clone();
+    let (socket, attaching) = (connection.socket.clone(), connection.attaching.clone());
     let (peer, memories) = (connection.peer, connection.memories.clone());
     let server = control.server.clone();
     control.server.jobs.spawn(move || {
@@ -195,6 +199,7 @@ fn attach(control: &mut Control, key: u64, request: u64, message: Message, fds: 
             Err(failure) => failure,
         };
         crate::failpoint!("attach-before-reply");
+        attaching.store(false, Relaxed);
         if let Err(error) = nebd_abi::socket::send(&*socket, &answer.encode(request), &[]) {
             tracing::debug!(%error, %session, "the client did not wait for its answer");
         }
