@@ -341,8 +341,12 @@ impl Attachment {
         }
         self.generation = self.offered;
         core.generation.store(self.generation.0, Relaxed);
-        // The server that is gone may have swallowed a ring.
-        core.queues.iter().for_each(|queue| queue.kick_doorbell().ring());
+        // The server that is gone may have swallowed a kick, or have died between publishing a
+        // completion and calling for it.
+        for queue in &core.queues {
+            queue.kick_doorbell().ring();
+            queue.call_doorbell().ring();
+        }
     }
 
     fn told(&mut self, event: ServerEvent) {

@@ -114,39 +114,42 @@ impl Queue {
         }
     }
 
-    /// Calls `completed` with the user data and result of each completed request, runs the
-    /// callbacks and wakes the futures of others on this queue; returns how many it told.
+    /// Calls `completed` with the user data and result of each completed request, and runs the
+    /// callbacks and wakes the futures of others on this queue; returns how often it called.
     ///
     /// `completed` may submit. It runs without a lock held.
     pub fn reap(&self, mut completed: impl FnMut(u64, Result<(), Errno>)) -> usize {
         if memory::is_forked_child() {
             return 0;
         }
-        let queue = &self.queue;
-        let mut count = self.reap_stash(&mut completed);
-        count += self.core.reap(queue, &mut Role::Host(&mut completed));
-        // The other reaps of this call may have put something aside.
-        count + self.reap_stash(&mut completed)
+        let mut count = 0;
+        let mut counted = |user_data, result| {
+            count += 1;
+            completed(user_data, result);
+        };
+        self.reap_stash(&mut counted);
+        self.core.reap(&self.queue, &mut Role::Host(&mut counted));
+        // The reaping itself may have put something aside.
+        self.reap_stash(&mut counted);
+        count
     }
 
-    fn reap_stash(&self, completed: &mut impl FnMut(u64, Result<(), Errno>)) -> usize {
+    fn reap_stash(&self, completed: &mut impl FnMut(u64, Result<(), Errno>)) {
         let queue = &self.queue;
         if queue.stashed.load(SeqCst) == 0 {
-            return 0;
+            return;
         }
         let stashed = {
             let mut stash = lock(&queue.stash);
             queue.stashed.store(0, SeqCst);
             std::mem::take(&mut *stash)
         };
-        let count = stashed.len();
         for one in stashed {
             match one {
                 Stashed::Host(user_data, result) => completed(user_data, result),
                 Stashed::Callback(callback, result) => run(callback, result),
             }
         }
-        count
     }
 
     /// Prepares for sleeping on [`event_fd`](Self::event_fd). True if completions are there already

@@ -142,7 +142,7 @@ fn blocking_calls_of_many_threads_over_many_takeovers() {
             eventually(|| host.taken.load(SeqCst) > before + 20);
             host.set_mode(mode);
             std::thread::sleep(Duration::from_millis(3));
-            server = None;
+            drop(server.take());
             host.set_mode(Mode::Serve);
             server = Some(host.start());
         }
