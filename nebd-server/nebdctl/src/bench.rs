@@ -68,6 +68,8 @@ struct Report {
     mib_per_s: f64,
     latency_us: LatencyUs,
     blackout_ms_max: f64,
+    /// Over the sessions, each with its longest.
+    blackout_ms_p99: f64,
     errors: u64,
     mismatches: u64,
     cpu_s: CpuS,
@@ -89,14 +91,15 @@ pub fn run(socket: &Path, connection: Connection, args: &BenchArgs) -> Result<St
     let client = cpu::own_s() - cpu_before;
     let cpu_s = CpuS { client, server: server_clock.stop() };
     let elapsed_s = (begun.elapsed().as_secs_f64()).min(args.seconds as f64);
-    let blackout_ns = meters.iter().map(|meter| meter.max_ns()).max().unwrap_or(0);
+    let mut blackouts_ns: Vec<u64> = meters.iter().map(|meter| meter.max_ns()).collect();
+    blackouts_ns.sort_unstable();
     for session in sessions {
         // A server that is gone by now is no fault of what was measured.
         if let Err(error) = session.close() {
             eprintln!("nebdctl: {error}");
         }
     }
-    finish(args, &report(args, &tally, elapsed_s, blackout_ns, cpu_s), tally)
+    finish(args, &report(args, &tally, elapsed_s, &blackouts_ns, cpu_s), tally)
 }
 
 /// Attaches the volumes, all at once.
@@ -277,9 +280,19 @@ fn wait(lanes: &[Lane]) {
     let _ = poll(&mut events, Some(&timeout));
 }
 
-fn report(args: &BenchArgs, tally: &Tally, seconds: f64, blackout_ns: u64, cpu_s: CpuS) -> Report {
+fn report(
+    args: &BenchArgs,
+    tally: &Tally,
+    seconds: f64,
+    blackouts_ns: &[u64],
+    cpu_s: CpuS,
+) -> Report {
     let us = |ns: u64| (ns as f64 / 10.0).round() / 100.0;
     let round = |value: f64| (value * 100.0).round() / 100.0;
+    let blackout_ms = |quantile: f64| {
+        let rank = (blackouts_ns.len() as f64 * quantile).ceil() as usize;
+        round(blackouts_ns.get(rank.max(1) - 1).map_or(0.0, |ns| *ns as f64 / 1e6))
+    };
     let latency = &tally.latency;
     let bytes = tally.requests * args.block_size.0;
     Report {
@@ -299,7 +312,8 @@ fn report(args: &BenchArgs, tally: &Tally, seconds: f64, blackout_ns: u64, cpu_s
             p99_9: us(latency.quantile(0.999)),
             max: us(latency.max()),
         },
-        blackout_ms_max: round(blackout_ns as f64 / 1e6),
+        blackout_ms_max: blackout_ms(1.0),
+        blackout_ms_p99: blackout_ms(0.99),
         errors: tally.errors,
         mismatches: tally.mismatches,
         cpu_s: CpuS { client: round(cpu_s.client), server: cpu_s.server.map(round) },

@@ -3,7 +3,7 @@
 use nebd_rpc::admin::{CreateVolumeRequest, Queue, ResizeVolumeRequest, Session, Status, Volume};
 use prost::Message;
 
-fn check<M: Message + Default + PartialEq>(message: M, golden: &str) {
+fn check<M: Message + Default + PartialEq + std::fmt::Debug>(message: M, golden: &str) {
     let bytes = message.encode_to_vec();
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     assert_eq!(hex, golden, "{message:?}");
@@ -22,14 +22,14 @@ fn requests() {
         owner_gid: Some(7),
         mode: Some(0),
     };
-    check(create, "0a01011201621803200428652a01653006380740");
+    check(create, "0a0101120162180320042a0165300638074000");
     let resize = ResizeVolumeRequest {
         operation_id: vec![1].into(),
         name: "b".into(),
         size_bytes: 3,
         shrink: true,
     };
-    check(resize, "");
+    check(resize, "0a010112016218032001");
 }
 
 #[test]
@@ -47,7 +47,7 @@ fn volumes_and_status() {
         parked_reason: "j".into(),
         epoch: "k".into(),
     };
-    check(volume.clone(), "");
+    check(volume, "0a0161100218032004280530063a01674008480152016a5a016b");
     let session = Session {
         id: "a".into(),
         volume: "b".into(),
@@ -68,7 +68,10 @@ fn volumes_and_status() {
         blackout_worst_us: 17,
         reissued: 18,
     };
-    check(session, "");
+    check(
+        session,
+        "0a0161120162180320042a016530063a016742016848015206080110021803580b600c680d700e780f800110880111900112",
+    );
     let status = Status {
         version: "a".into(),
         pid: 2,
@@ -82,5 +85,5 @@ fn volumes_and_status() {
         last_death: "j".into(),
         resident_bytes: 11,
     };
-    check(status, "");
+    check(status, "0a01611002180320042a016530013a004200480952016a580b");
 }

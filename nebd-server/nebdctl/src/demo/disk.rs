@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   import: each chunk of the image is written once
-//!   churn:  a chunk ── write inverted ─► write as it was ─► read and compare    (many at a time)
+//!   churn:  a chunk ── compare ─► write inverted ─► write as it was ─► compare    (many at a time)
 //!   export: each chunk is read, compared, and written to a file
 //! ```
 //!
@@ -59,9 +59,11 @@ pub struct DiskReport {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
     Import,
+    /// What earlier servers left there.
+    Before,
     Invert,
     Restore,
-    Compare,
+    After,
     Export,
 }
 
@@ -201,7 +203,7 @@ impl<D: Device> Disk<D> {
             Goal::Drain => return None,
             Goal::Churn => {
                 let chunk = self.dice.below(self.chunks);
-                return (!self.in_flight.contains_key(&chunk)).then_some((chunk, Step::Invert));
+                return (!self.in_flight.contains_key(&chunk)).then_some((chunk, Step::Before));
             }
             Goal::Import => Step::Import,
             Goal::Export => Step::Export,
@@ -230,8 +232,8 @@ impl<D: Device> Disk<D> {
     fn submit(&mut self, chunk: u64, step: Step) -> io::Result<()> {
         let mut bytes = self.original(chunk)?;
         let op = match step {
-            Step::Compare | Step::Export => Op::Read,
-            _ => Op::Write,
+            Step::Before | Step::After | Step::Export => Op::Read,
+            Step::Import | Step::Invert | Step::Restore => Op::Write,
         };
         if step == Step::Invert || op == Op::Read {
             // For a read: something that is surely wrong unless it is overwritten.
@@ -262,7 +264,7 @@ impl<D: Device> Disk<D> {
         };
         self.report.requests += 1;
         self.gauges.completions.fetch_add(1, Relaxed);
-        if !matches!(step, Step::Compare | Step::Export) {
+        if matches!(step, Step::Import | Step::Invert | Step::Restore) {
             self.gauges.writes.fetch_sub(1, Relaxed);
             self.timeline.kill.reaped(submitted);
         }
@@ -275,8 +277,12 @@ impl<D: Device> Disk<D> {
         match step {
             Step::Import => Ok(()),
             Step::Invert => self.submit(chunk, Step::Restore),
-            Step::Restore => self.submit(chunk, Step::Compare),
-            Step::Compare | Step::Export => self.judge(chunk, step, &done.buffers.concat()),
+            Step::Restore => self.submit(chunk, Step::After),
+            Step::After | Step::Export => self.judge(chunk, step, &done.buffers.concat()),
+            Step::Before => {
+                self.judge(chunk, step, &done.buffers.concat())?;
+                self.submit(chunk, Step::Invert)
+            }
         }
     }
 
