@@ -1,5 +1,6 @@
 //! The C example, as a user of the installed library would build and run it: compiled from the
-//! installed header through pkg-config, shared and static, and run while its server is killed.
+//! installed header through pkg-config, shared and static, and run while its server is killed; and
+//! a tour of all functions, for what the example does not use.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,7 +17,6 @@ use crate::install::{self, InstallArgs, Installed};
 
 /// A server that takes longer than this to begin or to come back is a failure.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Both ways of linking run, each for this share of the kills.
 const LINKINGS: [Linking; 2] = [Linking::Shared, Linking::Static];
 const STRICT: [&str; 5] = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-O2"];
 
@@ -43,6 +43,16 @@ enum Linking {
     Static,
 }
 
+impl Linking {
+    /// Both ways of completing are tried, one with each way of linking.
+    fn options(self) -> &'static [&'static str] {
+        match self {
+            Linking::Shared => &[],
+            Linking::Static => &["--poll"],
+        }
+    }
+}
+
 /// Installs, compiles, runs.
 pub fn run(args: &CExampleArgs) -> Result<()> {
     let work_dir = cargo::target_dir()?.join("c-example");
@@ -54,19 +64,32 @@ pub fn run(args: &CExampleArgs) -> Result<()> {
         keep_debug: true,
     })?;
     check_header_as_cplusplus(&installed)?;
+    let example = Path::new("examples/c/verified_io.c");
     let programs = LINKINGS
         .into_iter()
-        .map(|linking| Ok((linking, compile(linking, &installed, &work_dir)?)))
+        .map(|linking| Ok((linking, compile(example, linking, &installed, &work_dir)?)))
         .collect::<Result<Vec<_>>>()?;
+    let tour = Path::new("nebd-client/capi/tests/tour.c");
+    let tour = compile(tour, Linking::Shared, &installed, &work_dir)?;
     if args.no_run {
         return Ok(());
     }
     let host = Host::start(&installed)?;
+    host.nebdctl(&["volume", "create", "file:tour", "--size", "64MiB"])?;
+    let mut tour = host.client(&tour, &installed).arg("file:tour").spawn()?;
+    let status = wait(&mut tour, PATIENCE).context("the tour hangs")?;
+    ensure!(status.success(), "tour: {status}");
     for (linking, program) in &programs {
-        println!("verified_io, linked {linking:?}, {} kills of its server:", args.kills);
+        let options = linking.options();
+        println!(
+            "verified_io {options:?}, linked {linking:?}, {} kills of its server:",
+            args.kills
+        );
         let volume = format!("file:c-example-{linking:?}").to_lowercase();
         host.nebdctl(&["volume", "create", &volume, "--size", "64MiB"])?;
-        run_under_kills(&host, program, &volume, &installed, args)?;
+        let mut example = host.client(program, &installed);
+        example.args(options).arg(&volume).args(["--seconds", &args.seconds.to_string()]);
+        run_under_kills(&host, &mut example, args)?;
     }
     host.stop()
 }
@@ -81,14 +104,17 @@ fn pkg_config(installed: &Installed, arguments: &[&str]) -> Result<Vec<String>> 
     Ok(text.split_whitespace().map(str::to_owned).collect())
 }
 
-fn example_source() -> PathBuf {
-    crate::repo_root().join("examples/c/verified_io.c")
-}
-
-fn compile(linking: Linking, installed: &Installed, work_dir: &Path) -> Result<PathBuf> {
-    let program = work_dir.join(format!("verified_io-{linking:?}").to_lowercase());
+fn compile(
+    source: &Path,
+    linking: Linking,
+    installed: &Installed,
+    work_dir: &Path,
+) -> Result<PathBuf> {
+    let name = source.file_stem().context("a source has a name")?.to_string_lossy();
+    let program = work_dir.join(format!("{name}-{linking:?}").to_lowercase());
+    let source = crate::repo_root().join(source);
     let mut cc = Command::new("cc");
-    cc.args(STRICT).arg("-o").arg(&program).arg(example_source());
+    cc.args(STRICT).arg("-o").arg(&program).arg(source);
     cc.args(pkg_config(installed, &["--cflags"])?);
     match linking {
         Linking::Shared => cc.args(pkg_config(installed, &["--libs"])?),
@@ -115,19 +141,8 @@ fn check_header_as_cplusplus(installed: &Installed) -> Result<()> {
     cargo::run(cplusplus.args(cflags).arg("/dev/null"))
 }
 
-fn run_under_kills(
-    host: &Host,
-    program: &Path,
-    volume: &str,
-    installed: &Installed,
-    args: &CExampleArgs,
-) -> Result<()> {
-    let mut example = Command::new(program)
-        .args(["--seconds", &args.seconds.to_string(), volume])
-        .env("NEBD_SOCKET", &host.socket)
-        .env("LD_LIBRARY_PATH", &installed.lib_dir)
-        .spawn()
-        .with_context(|| program.display().to_string())?;
+fn run_under_kills(host: &Host, example: &mut Command, args: &CExampleArgs) -> Result<()> {
+    let mut example = example.spawn().context("verified_io")?;
     let pause = Duration::from_secs(args.seconds.into()) / (args.kills + 1);
     let mut killed = 0;
     for _ in 0..args.kills {
@@ -174,7 +189,7 @@ impl Host {
         let dir = std::env::temp_dir().join(format!("nebd-c-example-{}", std::process::id()));
         fs::create_dir_all(&dir)?;
         let (config, socket) = (dir.join("nebd.toml"), dir.join("nebd.sock"));
-        fs::write(&config, "log = \"warn\"\n")?;
+        fs::write(&config, "log = \"error\"\n")?;
         let keeper = Command::new(bin_dir.join("nebd-server"))
             .arg("keeper")
             .arg("--config")
@@ -204,6 +219,13 @@ impl Host {
             sleep(Duration::from_millis(20));
         }
         bail!("no server within {} s", PATIENCE.as_secs())
+    }
+
+    /// A program that uses the installed library and this host's server.
+    fn client(&self, program: &Path, installed: &Installed) -> Command {
+        let mut command = Command::new(program);
+        command.env("NEBD_SOCKET", &self.socket).env("LD_LIBRARY_PATH", &installed.lib_dir);
+        command
     }
 
     fn nebdctl(&self, arguments: &[&str]) -> Result<()> {

@@ -186,17 +186,13 @@ fn submit_to(
 
 /// Reaps a queue and runs the callbacks; returns how many requests completed.
 pub(crate) fn reap(queue: &Queue) -> usize {
-    // Callbacks run after the reaping, whose lock they must not meet.
-    let mut replies = Vec::new();
-    let completed = queue.reap(|user_data, result| replies.push((user_data, result)));
-    for (user_data, result) in replies {
+    queue.reap(|user_data, result| {
         let reply: *mut Reply = std::ptr::with_exposed_provenance_mut(user_data as usize);
         // SAFETY: `submit_to` made it, alone submits to this queue with user data, and each request
         // is reaped once; the library keeps user data in memory of its own.
         let reply = unsafe { Box::from_raw(reply) };
         reply.tell(result);
-    }
-    completed
+    })
 }
 
 /// Starts a read or write.
