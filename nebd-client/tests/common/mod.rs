@@ -64,6 +64,8 @@ pub struct Host {
     pub refusal: Mutex<Option<(Errno, bool)>>,
     /// Sessions are kept for the next server, which resumes them before anybody attaches.
     pub keeps_sessions: AtomicBool,
+    /// Of a thousand reads one returns a wrong byte.
+    pub lies: AtomicBool,
     store: Mutex<HashMap<SessionId, Stored>>,
     pub size: AtomicU64,
     pub transfer_max: AtomicU64,
@@ -95,6 +97,7 @@ impl Host {
             errno: AtomicU32::new(0),
             refusal: Mutex::new(None),
             keeps_sessions: AtomicBool::new(false),
+            lies: AtomicBool::new(false),
             store: Mutex::default(),
             size: AtomicU64::new(SIZE),
             transfer_max: AtomicU64::new(1 << 20),
@@ -443,6 +446,10 @@ fn carry_out(host: &Host, stored: &Stored, request: &Request) -> Result<(), Errn
                 Op::Read => std::ptr::copy(part.as_ptr(), pointer, part.len()),
                 _ => std::ptr::copy(pointer, part.as_mut_ptr(), part.len()),
             }
+        }
+        if op == Op::Read && host.lies.load(SeqCst) && host.taken.load(SeqCst) % 1000 == 0 {
+            // SAFETY: as above.
+            unsafe { *pointer ^= 1 };
         }
         at += part.len();
     }
