@@ -13,8 +13,9 @@ use nebd_upgrade_tests::stamp::Dice;
 const IMAGE_BYTES: u64 = 64 << 20;
 /// Most bytes of real files to put into it.
 const FILES_BYTES_MAX: u64 = 24 << 20;
-/// Where real files are found on most machines.
-const FILE_SOURCES: [&str; 3] = ["/usr/share/doc", "/usr/share/common-licenses", "/etc"];
+/// Where real files are found on most machines, none of them secret.
+const FILE_SOURCES: [&str; 4] =
+    ["/usr/share/doc", "/usr/share/common-licenses", "/usr/share/perl", "/usr/share/zoneinfo"];
 
 /// An image in the demo's directory.
 #[derive(Debug)]
