@@ -29,11 +29,12 @@ use nebd_abi::{Errno, Generation, socket};
 
 use crate::calls::{Answer, Call};
 use crate::control::{Admission, connect, hello};
-use crate::core::{Core, Role};
+use crate::core::Core;
 use crate::error::{OpenError, errno};
 use crate::options::Event;
 use crate::registered::Entry;
 use crate::sync::{Promise, lock, now_ns};
+use crate::tell::Role;
 use crate::watch::{Sample, Verdict, Watch};
 
 /// The longest time between two tries to connect.
@@ -164,7 +165,7 @@ impl Attachment {
             self.lose(error, now);
         }
         if matches!(self.link, Link::Over) {
-            self.core.calls.answer_all(self.core.failure().unwrap_or(errno::CLOSED));
+            self.answer_all(self.core.failure().unwrap_or(errno::CLOSED));
         }
         self.tick(now, knocks);
     }
@@ -407,6 +408,11 @@ impl Attachment {
         self.link = Link::Over;
         self.core.is_connected.store(false, Relaxed);
         self.core.fail(errno);
+        self.answer_all(errno);
+    }
+
+    /// Nobody will be asked any more.
+    fn answer_all(&self, errno: Errno) {
         for entry in self.core.memories.entries() {
             entry.call.answered(Answer::Session(errno));
         }
@@ -415,6 +421,10 @@ impl Attachment {
 
     fn refuse_open(&mut self, error: OpenError) {
         if let Some(opened) = self.opened.take() {
+            if let Link::Attaching(socket) = &self.link {
+                // The server reads this after the attach, however late, and nobody's session stays.
+                let _ = socket::send(socket, &Message::Detach.encode(0), &[]);
+            }
             self.link = Link::Over;
             self.core.is_closing.store(true, SeqCst);
             opened.keep(Err(error));

@@ -17,11 +17,12 @@ use nebd_abi::Errno;
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll;
 
-use crate::core::{Core, Role, run};
+use crate::core::Core;
 use crate::memory;
 use crate::options::{Event, EventCallback};
 use crate::queue::{QueueCore, Sleeper};
 use crate::sync::{Doorbell, lock};
+use crate::tell::{Role, run};
 use crate::transfer::Callback;
 
 /// Something for the thread to do.
@@ -179,7 +180,6 @@ impl Complete {
 /// Reaps until there is nothing and the server knows that it has to ring.
 fn serve(core: &Core, queue: &QueueCore) {
     loop {
-        queue.awake(Sleeper::Complete);
         core.reap(queue, &mut Role::Complete);
         if queue.fall_asleep(Sleeper::Complete) {
             return;

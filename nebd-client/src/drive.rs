@@ -17,10 +17,11 @@ use std::time::{Duration, Instant};
 
 use nebd_abi::Errno;
 
-use crate::core::{Core, Role};
+use crate::core::Core;
 use crate::error::errno;
 use crate::queue::{QueueCore, Sleeper};
 use crate::sync::{is_over, lock, remaining};
+use crate::tell::Role;
 use crate::transfer::Transfer;
 
 impl Core {
@@ -69,9 +70,9 @@ impl Core {
             if queue.fall_asleep(Sleeper::Leader) {
                 queue.call_doorbell().wait(remaining(deadline));
             }
-            queue.awake(Sleeper::Leader);
             queue.call_doorbell().drain();
         }
+        queue.awake(Sleeper::Leader);
         queue.led.store(false, SeqCst);
         // What was put aside meanwhile, and the rings that were swallowed, are the host's.
         if self.is_manual() && queue.stashed.load(SeqCst) > 0 {

@@ -58,6 +58,7 @@ mod registered;
 mod runtime;
 mod session;
 mod sync;
+mod tell;
 mod transfer;
 mod watch;
 

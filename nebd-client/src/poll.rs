@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 use nebd_abi::Errno;
 use nebd_abi::ring::Submission;
 
-use crate::core::{Core, Role, run};
+use crate::core::Core;
 use crate::error::{SubmitError, errno};
 use crate::io::Io;
 use crate::memory::{self, Handle};
 use crate::queue::{Pending, QueueCore, Sleeper, Stashed};
 use crate::session::Prepared;
 use crate::sync::{is_over, lock, now_ns, remaining};
+use crate::tell::{Role, run};
 use crate::transfer::Keep;
 
 /// A queue of a session in [`CompletionMode::Manual`](crate::CompletionMode::Manual).
@@ -166,14 +167,6 @@ impl Queue {
             queue.awake(Sleeper::Host);
         }
         !may_sleep
-    }
-
-    /// No longer wants [`event_fd`](Self::event_fd) to become readable: spares the server a system
-    /// call a batch while the host is busy reaping. Optional.
-    pub fn disarm(&self) {
-        if !memory::is_forked_child() {
-            self.queue.awake(Sleeper::Host);
-        }
     }
 
     /// Waits until there is something to reap, or `timeout` is over (`None`: no limit), or the

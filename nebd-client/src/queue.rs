@@ -62,6 +62,16 @@ pub(crate) struct ReapSide {
     spare: Vec<(Pending, Result<(), Errno>)>,
 }
 
+impl ReapSide {
+    fn awake(&mut self, sleeper: Sleeper) {
+        let slept = self.sleepers & sleeper as u8 != 0;
+        self.sleepers &= !(sleeper as u8);
+        if slept && self.sleepers == 0 {
+            self.ring.wake();
+        }
+    }
+}
+
 /// One queue.
 pub(crate) struct QueueCore {
     submit: Mutex<ClientSubmit>,
@@ -190,16 +200,21 @@ impl QueueCore {
         (self.completed_ns.load(Ordering::Relaxed), waiting)
     }
 
-    /// Takes what was completed, at most a batch, out of the ring. `new_epoch` is called with an
+    /// Takes what was completed, at most a batch, out of the ring; `sleeper`, if it had asked for
+    /// the doorbell, needs it no more. `new_epoch` is called with an
     /// epoch that the queue had not seen, before the completion counts.
     pub(crate) fn reap(
         &self,
         spare: Option<Vec<(Pending, Result<(), Errno>)>>,
+        sleeper: Option<Sleeper>,
         new_epoch: impl Fn(Epoch, u64),
     ) -> Option<Vec<(Pending, Result<(), Errno>)>> {
         let mut side = lock(&self.reap);
         if let Some(spare) = spare {
             side.spare = spare;
+        }
+        if let Some(sleeper) = sleeper {
+            side.awake(sleeper);
         }
         if !side.ring.is_ready() {
             return None;
@@ -258,15 +273,9 @@ impl QueueCore {
         side.ring.sleep()
     }
 
-    /// `sleeper` is awake; true if it had been asleep.
-    pub(crate) fn awake(&self, sleeper: Sleeper) -> bool {
-        let mut side = lock(&self.reap);
-        let slept = side.sleepers & sleeper as u8 != 0;
-        side.sleepers &= !(sleeper as u8);
-        if slept && side.sleepers == 0 {
-            side.ring.wake();
-        }
-        slept
+    /// `sleeper` is awake.
+    pub(crate) fn awake(&self, sleeper: Sleeper) {
+        lock(&self.reap).awake(sleeper);
     }
 }
 

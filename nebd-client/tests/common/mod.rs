@@ -447,7 +447,8 @@ fn carry_out(host: &Host, stored: &Stored, request: &Request) -> Result<(), Errn
                 _ => std::ptr::copy(pointer, part.as_mut_ptr(), part.len()),
             }
         }
-        if op == Op::Read && host.lies.load(SeqCst) && host.taken.load(SeqCst) % 1000 == 0 {
+        let is_a_lie = host.lies.load(SeqCst) && host.taken.load(SeqCst).is_multiple_of(1000);
+        if op == Op::Read && is_a_lie {
             // SAFETY: as above.
             unsafe { *pointer ^= 1 };
         }
