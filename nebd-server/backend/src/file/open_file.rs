@@ -61,7 +61,7 @@ impl OpenFile {
         let kind = system::kind(&file).map_err(&failed)?;
         let identity = Identity::of(&file).map_err(&failed)?;
         let alignment = if direct { system::direct_alignment(&file) } else { None };
-        if direct && !alignment.is_some_and(|(_, offset)| offset <= block_size) {
+        if direct && alignment.is_none_or(|(_, offset)| offset > block_size) {
             tracing::warn!(
                 volume = %name,
                 needed = alignment.map(|(_, offset)| offset),

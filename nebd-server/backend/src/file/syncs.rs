@@ -62,6 +62,7 @@ struct State {
     owed: bool,
     /// The pool settles; these wait for it.
     settling: bool,
+    #[expect(clippy::vec_box, reason = "they come boxed, and a task is large to move")]
     held: Vec<Box<Task>>,
     /// Syncs issued and not ended.
     running: u32,
@@ -86,13 +87,20 @@ pub(super) struct Syncs {
     witnesses: Option<Witnesses>,
     /// The stored witnesses owe an error that was reported.
     stale: AtomicBool,
+    /// Whether the volume was closed; held while witnesses are stored, so that none come after.
+    closed: Mutex<bool>,
 }
 
 impl Syncs {
     /// `owed`: there was an earlier epoch.
     pub(super) fn new(witnesses: Option<Witnesses>, owed: bool) -> Syncs {
         let state = State { owed: owed && witnesses.is_some(), ..State::default() };
-        Syncs { state: Mutex::new(state), witnesses, stale: false.into() }
+        Syncs {
+            state: Mutex::new(state),
+            witnesses,
+            stale: false.into(),
+            closed: Mutex::new(false),
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -128,6 +136,8 @@ impl Syncs {
 
     /// The volume is closed: nobody will ask.
     pub(super) fn close(&self) {
+        let mut closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
+        *closed = true;
         if let Some(witnesses) = &self.witnesses
             && let Err(error) = witnesses.remove(&witnesses.names())
         {
@@ -206,12 +216,13 @@ pub(super) fn settle(file: &Arc<OpenFile>) {
                 syncs.state().failures.push(failure);
             }
             task.settle(result);
-            answer(task);
+            answer(*task);
         }
         // It was told to all who waited for it.
         verdict = Ok(());
     }
-    if is_clean {
+    let closed = syncs.closed.lock().unwrap_or_else(PoisonError::into_inner);
+    if is_clean && !*closed {
         let old = if owed { Vec::new() } else { before };
         let renewed =
             fresh.and_then(|fresh| witnesses.keep(&fresh)).and_then(|()| witnesses.remove(&old));
@@ -229,11 +240,11 @@ pub(super) fn fail_all(file: &Arc<OpenFile>, errno: Errno) {
     drop(state);
     for mut task in held {
         task.settle(Err(errno));
-        answer(task);
+        answer(*task);
     }
 }
 
-fn answer(mut task: Box<Task>) {
+fn answer(mut task: Task) {
     // A flush, or what is synced after its data: nothing follows.
     if let Step::Done(result) = task.step() {
         task.request.complete_remote(result);

@@ -193,8 +193,7 @@ impl Task {
         }
         self.syncing = true;
         let file = self.file.clone();
-        let admitted = file.syncs().admit(&file, self);
-        admitted
+        file.syncs().admit(&file, self)
     }
 
     /// The result of a sync that was issued by whoever held this task back.

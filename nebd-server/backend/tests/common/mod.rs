@@ -2,6 +2,8 @@
 
 #![allow(dead_code, missing_docs, reason = "each test uses a part of it")]
 
+pub mod fuse;
+
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -11,7 +13,7 @@ use nebd_backend::{
     Done, FdStore, FileBackend, FileConfig, FileEngineChoice, Lane, LaneConfig, NoStore,
     OpenContext, Request, Segment, Segments, Volume, VolumeSpec,
 };
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::epoll;
 
 pub const ENGINES: [FileEngineChoice; 2] = [FileEngineChoice::IoUring, FileEngineChoice::Threads];
 
@@ -74,20 +76,50 @@ pub fn pattern(length: usize, seed: u64) -> Vec<u8> {
         .collect()
 }
 
-/// A shard in miniature.
+/// A shard in miniature; it sleeps in `epoll_wait`, edge-triggered, as the server does.
 pub struct Shard {
     pub lane: Lane,
+    epoll: OwnedFd,
     tag: u64,
+    pub sleeps: u64,
 }
 
 impl Shard {
     pub fn new() -> Shard {
-        Shard { lane: Lane::new(&LaneConfig::default()).unwrap(), tag: 0 }
+        Shard::with(&LaneConfig::default())
     }
 
     pub fn without_uring() -> Shard {
-        let config = LaneConfig { io_uring: false, ..LaneConfig::default() };
-        Shard { lane: Lane::new(&config).unwrap(), tag: 0 }
+        Shard::with(&LaneConfig { io_uring: false, ..LaneConfig::default() })
+    }
+
+    pub fn with(config: &LaneConfig) -> Shard {
+        let lane = Lane::new(config).unwrap();
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
+        for (index, fd) in lane.wait_fds().into_iter().enumerate() {
+            let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+            epoll::add(&epoll, fd, epoll::EventData::new_u64(index as u64), flags).unwrap();
+        }
+        Shard { lane, epoll, tag: 0, sleeps: 0 }
+    }
+
+    /// Sleeps until something is to be drained. A wakeup that does not come in half a minute is
+    /// lost.
+    pub fn sleep(&mut self) {
+        if self.lane.sleep() {
+            self.sleeps += 1;
+            let mut events = [epoll::Event {
+                flags: epoll::EventFlags::empty(),
+                data: epoll::EventData::new_u64(0),
+            }; 4];
+            let limit = rustix::time::Timespec { tv_sec: 30, tv_nsec: 0 };
+            match epoll::wait(&self.epoll, &mut events[..], Some(&limit)) {
+                Ok(0) => panic!("a wakeup was lost"),
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => panic!("{errno}"),
+            }
+        }
+        self.lane.wake();
     }
 
     pub fn request(&mut self, op: Op, flags: OpFlags, offset: u64, length: u64) -> Request {
@@ -104,16 +136,7 @@ impl Shard {
             if done.len() >= count {
                 return done;
             }
-            if self.lane.sleep() {
-                let fds = self.lane.wait_fds();
-                let mut polled: Vec<_> =
-                    fds.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
-                let _ = rustix::event::poll(&mut polled, None);
-                drop(polled);
-                drop(fds);
-                let _ = rustix::io::read(&self.lane.wait_fds()[0], &mut [0u8; 8]);
-            }
-            self.lane.wake();
+            self.sleep();
         }
     }
 
