@@ -59,7 +59,7 @@ pub struct Summary {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub store: Option<StoreStats>,
     /// The end of the keeper's and the server's log, if something was wrong.
-    #[serde(skip_serializing_if = "String::is_empty")]
+    #[serde(skip)]
     pub log: String,
     #[serde(skip)]
     gaps_us: BTreeMap<String, Vec<u64>>,

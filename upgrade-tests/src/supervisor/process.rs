@@ -39,7 +39,7 @@ impl Process {
     pub fn log_tail(&self) -> String {
         let log = fs::read(&self.log).unwrap_or_default();
         let tail = &log[log.len().saturating_sub(LOG_TAIL_BYTES)..];
-        String::from_utf8_lossy(tail).into_owned()
+        without_colours(&String::from_utf8_lossy(tail))
     }
 
     /// Asks it to end, waits, then makes it end.
@@ -70,8 +70,32 @@ impl Drop for Process {
     }
 }
 
+/// The text without the escape sequences that colour a log.
+fn without_colours(text: &str) -> String {
+    let mut pieces = text.split('\x1b');
+    let mut plain = pieces.next().unwrap_or_default().to_owned();
+    for piece in pieces {
+        let end = piece.find(|c: char| c.is_ascii_alphabetic()).map_or(piece.len(), |at| at + 1);
+        plain.push_str(&piece[end..]);
+    }
+    plain
+}
+
 /// Raises the soft limit of core files to the hard one, for this process and its children.
 pub(super) fn allow_core_dumps() -> nix::Result<()> {
     let (_, most) = getrlimit(Resource::RLIMIT_CORE)?;
     setrlimit(Resource::RLIMIT_CORE, most, most)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::without_colours;
+
+    #[test]
+    fn colours_go_and_the_text_stays() {
+        assert_eq!(
+            without_colours("\x1b[2m10:00\x1b[0m \x1b[32m INFO\x1b[0m hello"),
+            "10:00  INFO hello"
+        );
+    }
 }
