@@ -24,10 +24,11 @@ pub fn poison(_op: Op, _offset: u64, _length: u64) {
         use std::sync::OnceLock;
         static POISON: OnceLock<Option<u64>> = OnceLock::new();
         let poison = POISON.get_or_init(|| std::env::var("NEBD_TEST_POISON").ok()?.parse().ok());
-        if let Some(poison) = poison {
-            if _op == Op::Write && (_offset.._offset.saturating_add(_length)).contains(poison) {
-                std::process::abort();
-            }
+        if let Some(poison) = poison
+            && _op == Op::Write
+            && (_offset.._offset.saturating_add(_length)).contains(poison)
+        {
+            std::process::abort();
         }
     }
 }

@@ -217,7 +217,7 @@ impl Shard {
         loop {
             let busy = self.pass();
             passes = passes.wrapping_add(1);
-            if passes % PASSES_PER_POLL == 0 {
+            if passes.is_multiple_of(PASSES_PER_POLL) {
                 self.poll(Some(Duration::ZERO));
                 self.beat();
             }
@@ -370,11 +370,11 @@ impl Shard {
     }
 
     fn activate(&mut self, key: usize) {
-        if let Some(task) = self.queues.get_mut(key).and_then(Option::as_mut) {
-            if !task.active {
-                task.activate();
-                self.active.push(key);
-            }
+        if let Some(task) = self.queues.get_mut(key).and_then(Option::as_mut)
+            && !task.active
+        {
+            task.activate();
+            self.active.push(key);
         }
     }
 

@@ -92,7 +92,7 @@ impl Server {
             return invalid("block size", block_size.to_string(), "it is 512 or 4096");
         }
         let size = request.size_bytes;
-        if size % u64::from(block_size) != 0 {
+        if !size.is_multiple_of(u64::from(block_size)) {
             return invalid("size", size.to_string(), "it is a multiple of the block size");
         }
         if request.path.is_empty() && size < VOLUME_BYTES_MIN {
@@ -125,7 +125,7 @@ impl Server {
             let (volume, size_bytes, present_bytes) = (name.clone(), size, present);
             return Err(AdminError::Shrink { volume, size_bytes, present_bytes });
         }
-        if size == 0 || size % u64::from(record.block_size) != 0 {
+        if size == 0 || !size.is_multiple_of(u64::from(record.block_size)) {
             return Err(AdminError::Invalid {
                 volume: name.to_string(),
                 field: "size",

@@ -59,7 +59,7 @@ pub fn translate(
 
 fn check_range(session: &Session, op: Op, request: &RingRequest) -> Result<(), Rejected> {
     let block = u64::from(session.volume.block_size);
-    if request.offset % block != 0 || request.length % block != 0 {
+    if !request.offset.is_multiple_of(block) || !request.length.is_multiple_of(block) {
         return Err(Rejected::Errno(Errno::INVAL));
     }
     let beyond = if op == Op::Read { Errno::INVAL } else { Errno::NOSPC };

@@ -52,7 +52,7 @@ impl Spin {
         };
         std::hint::spin_loop();
         self.turns += 1;
-        if self.turns % TURNS_PER_LOOK != 0 || since.elapsed() < self.limit {
+        if !self.turns.is_multiple_of(TURNS_PER_LOOK) || since.elapsed() < self.limit {
             return true;
         }
         self.since = None;
