@@ -19,7 +19,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::Ordering::{Relaxed, Release, SeqCst};
 use std::sync::atomic::fence;
 use std::time::{Duration, Instant};
 
@@ -325,23 +325,25 @@ impl Attachment {
         }
         self.retry = Duration::ZERO;
         self.incarnation = info.incarnation;
+        let generation = std::mem::replace(&mut self.generation, self.offered);
         let core = &self.core;
         let is_resized = core.learn(info);
-        core.is_connected.store(true, Relaxed);
-        match self.opened.take() {
-            Some(opened) => opened.keep(Ok(())),
-            None => {
-                core.reconnects.fetch_add(1, Relaxed);
-                if self.generation != self.offered {
-                    core.emit(Event::ServerChanged { generation: self.offered });
-                }
-                if is_resized {
-                    core.emit(Event::Resized { size: info.size });
-                }
+        core.generation.store(self.offered.0, Relaxed);
+        let opened = self.opened.take();
+        if opened.is_none() {
+            core.reconnects.fetch_add(1, Relaxed);
+            if generation != self.offered {
+                core.emit(Event::ServerChanged { generation: self.offered });
+            }
+            if is_resized {
+                core.emit(Event::Resized { size: info.size });
             }
         }
-        self.generation = self.offered;
-        core.generation.store(self.generation.0, Relaxed);
+        // Last, so that who sees it sees the rest.
+        core.is_connected.store(true, Release);
+        if let Some(opened) = opened {
+            opened.keep(Ok(()));
+        }
         // The server that is gone may have swallowed a kick, or have died between publishing a
         // completion and calling for it.
         for queue in &core.queues {

@@ -2,7 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, SeqCst};
 use std::time::Duration;
 
 use nebd_abi::control::{Message, VolumeInfo};
@@ -121,9 +121,10 @@ impl Session {
         }
         let core = &self.core;
         let header = core.region.header();
+        let connected = core.is_connected.load(Acquire);
         Stats {
             generation: Generation(core.generation.load(Relaxed)),
-            connected: core.is_connected.load(Relaxed),
+            connected,
             reconnects: core.reconnects.load(Relaxed),
             in_flight: core.in_flight(),
             takeovers: header.takeovers.load(Relaxed),

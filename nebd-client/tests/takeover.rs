@@ -104,8 +104,7 @@ fn the_data_path_needs_no_socket() {
     let _server = host.start();
     // The successor knows the session and refuses every attach for now.
     session.write_at(&pattern(1, 2), 0, OpFlags::NONE).unwrap();
-    assert!(!session.stats().connected);
-    assert_eq!(session.stats().takeovers, 1);
+    assert_eq!((session.stats().reconnects, session.stats().takeovers), (0, 1));
     eventually(|| host.logged("attach") > 3);
     *host.refusal.lock().unwrap() = None;
     eventually(|| session.stats().connected);
@@ -148,7 +147,7 @@ fn blocking_calls_of_many_threads_over_many_takeovers() {
         }
         is_over.store(true, SeqCst);
     });
-    assert_eq!(session.stats().takeovers, 30);
+    eventually(|| session.stats().takeovers == 30);
     session.close().unwrap();
     drop(server);
 }
@@ -352,7 +351,7 @@ fn a_time_limit_is_kept_and_memory_is_left_alone() {
     assert_eq!(seen, [(3, Err(errno::TIMEDOUT))]);
     // The ring answers later; nobody is told twice and the slots come back.
     host.set_mode(Mode::Serve);
-    session.flush().unwrap();
+    eventually(|| session.flush().is_ok());
     assert!(bytes.iter().all(|byte| *byte == 7));
     eventually(|| session.stats().in_flight == 0);
     eventually(|| {
