@@ -8,7 +8,8 @@
  * Keeps `depth` requests in flight on the volume's first blocks, WHOSE CONTENTS IT OVERWRITES. Every
  * write carries a stamp of its own (block, version) through the whole block; every read is compared
  * with what the last completed request left there. FUA, flush, discard and write-zeroes are mixed
- * in. At the end all blocks are read again. The server may be killed or replaced meanwhile.
+ * in. At the end, which SIGINT and SIGTERM bring on early, all blocks are read again. The server may
+ * be killed or replaced meanwhile.
  *
  * Exit code: 0 if every byte was right and no request failed, 1 otherwise, 2 for wrong usage.
  */
@@ -18,6 +19,7 @@
 #include <inttypes.h>
 #include <poll.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -70,6 +72,14 @@ struct test {
     uint64_t gap_us_max;
     uint64_t server_changes; /* under the lock */
 };
+
+static volatile sig_atomic_t is_told_to_end;
+
+static void on_signal(int signal)
+{
+    (void)signal;
+    is_told_to_end = 1;
+}
 
 static uint64_t now_us(void)
 {
@@ -324,10 +334,10 @@ static uint32_t take_done(struct test *test)
 
 static void run(struct test *test, uint64_t seconds)
 {
-    uint64_t deadline = now_us() + seconds * 1000000;
-    uint64_t last = now_us();
+    uint64_t last = now_us(), deadline = last + seconds * 1000000;
     for (uint32_t in_flight = 0;;) {
-        bool is_over = now_us() >= deadline || test->errors + test->mismatches > 10;
+        bool is_over =
+            now_us() >= deadline || is_told_to_end || test->errors + test->mismatches > 10;
         for (uint32_t i = 0; i < test->depth && !is_over; i++) {
             if (!test->slots[i].busy) {
                 start(&test->slots[i]);
@@ -405,12 +415,12 @@ static void release(struct test *test)
     free(test->blocks);
 }
 
-static void report(const struct test *test, const char *name, uint64_t seconds)
+static void report(const struct test *test, const char *name, double seconds)
 {
     struct nebd_stats stats;
     memset(&stats, 0, sizeof stats);
     nebd_stats(test->volume, &stats, sizeof stats);
-    printf("verified_io %s: %" PRIu64 " requests in %" PRIu64 " s, %" PRIu64 " errors, %" PRIu64
+    printf("verified_io %s: %" PRIu64 " requests in %.1f s, %" PRIu64 " errors, %" PRIu64
            " mismatches, %" PRIu64 " takeovers (%" PRIu64 " events), worst blackout %.1f ms,"
            " longest gap %.1f ms\n",
            name, test->requests, seconds, test->errors, test->mismatches, stats.takeovers,
@@ -488,9 +498,13 @@ int main(int argc, char **argv)
         fprintf(stderr, "out of memory\n");
         return 1;
     }
+    signal(SIGINT, on_signal);
+    signal(SIGTERM, on_signal);
+    uint64_t begin = now_us();
     run(&test, seconds);
+    uint64_t end = now_us();
     check_all(&test);
-    report(&test, name, seconds);
+    report(&test, name, (double)(end - begin) / 1000000);
     release(&test);
     result = nebd_close(test.volume);
     if (result < 0)
