@@ -11,6 +11,7 @@ use nebd_rpc::admin;
 use super::Server;
 use crate::admin::{AdminApi, AdminError, Caller};
 use crate::control::Notice;
+use crate::quarantine::DEATHS_SUSPECT;
 use crate::registry::{Record, RegistryError};
 use crate::session::Session;
 use crate::shard::Command;
@@ -222,7 +223,8 @@ impl Server {
             for suspect in &suspects {
                 if let Some(session) = self.session(suspect.session) {
                     let depth = session.region.geometry().queue_depth;
-                    session.ledger.forgive(suspect.queue * depth + suspect.request.slot);
+                    let slot = suspect.queue * depth + suspect.request.slot;
+                    session.ledger.forgive(slot, DEATHS_SUSPECT);
                 }
             }
             self.park_sessions(&name, false);

@@ -199,9 +199,12 @@ impl Ledger {
         }
     }
 
-    /// The operator gives the request of `slot` another chance.
-    pub fn forgive(&self, slot: u32) {
-        self.done(slot);
+    /// The operator gives the request of `slot` another chance: the last one, and alone. Were it
+    /// issued with the rest, its next crash would be counted against them too.
+    pub fn forgive(&self, slot: u32, deaths: u32) {
+        if let Some(record) = self.slot(slot) {
+            record.state.store(u64::from(deaths) << 32, Release);
+        }
     }
 }
 

@@ -233,8 +233,8 @@ impl QueueTask {
     /// Answers a request that killed servers, without trying it again.
     pub(super) fn abort(&mut self, request: &RingRequest) {
         self.held.retain(|held| held.slot != request.slot);
-        self.session.ledger.forgive(self.ledger_base + request.slot);
         self.publish(request.slot, request.seq, Err(Errno::IO));
+        self.session.ledger.done(self.ledger_base + request.slot);
         self.count(None, 0, Err(Errno::IO));
         self.call_if_needed();
     }

@@ -41,6 +41,8 @@
 //! or a FUSE file system that fails FSYNC itself, tells only the caller. And without a store that
 //! outlives the process there is no witness; `open` warns of that.
 
+use std::fs::File;
+use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -145,6 +147,19 @@ impl Syncs {
         }
     }
 
+    /// Stores new witnesses in place of those that were used or are of no use any more.
+    fn renew(&self, witnesses: &Witnesses, fresh: io::Result<Vec<File>>, old: &[String]) {
+        let closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
+        if *closed {
+            return;
+        }
+        let renewed =
+            fresh.and_then(|fresh| witnesses.keep(&fresh)).and_then(|()| witnesses.remove(old));
+        if let Err(error) = renewed {
+            tracing::warn!(%error, "cannot renew the flush witnesses");
+        }
+    }
+
     fn ask(&self, witnesses: &Witnesses) -> Result<(), Errno> {
         let mut attempts = 0;
         let witness = loop {
@@ -192,11 +207,17 @@ pub(super) fn settle(file: &Arc<OpenFile>) {
     // One is about to be used; after an error none is of use any more.
     let wanted = if owed { (WITNESSES + 1).saturating_sub(before.len().max(1)) } else { WITNESSES };
     let fresh = witnesses.open(wanted);
-    let verdict = if owed { syncs.ask(witnesses) } else { Ok(()) };
-    if let Err(errno) = verdict {
-        tracing::error!(%errno, "a flush of an earlier epoch failed; the first flush of this one reports it");
-    }
+    // The volume's own descriptor is synced before anybody is answered, so that what was used up is
+    // replaced at once: a server that is killed again soon must not run out of witnesses.
+    let verdict = if owed { syncs.ask(witnesses) } else { Ok(()) }.and_then(|()| sync(&**file));
+    let old = if owed { Vec::new() } else { before };
     let mut is_clean = verdict.is_ok();
+    match verdict {
+        Ok(()) => syncs.renew(witnesses, fresh, &old),
+        Err(errno) => tracing::error!(
+            %errno, "a flush of an earlier epoch failed; the first flush of this one reports it"
+        ),
+    }
     let mut verdict = verdict;
     loop {
         let mut state = syncs.state();
@@ -220,15 +241,6 @@ pub(super) fn settle(file: &Arc<OpenFile>) {
         }
         // It was told to all who waited for it.
         verdict = Ok(());
-    }
-    let closed = syncs.closed.lock().unwrap_or_else(PoisonError::into_inner);
-    if is_clean && !*closed {
-        let old = if owed { Vec::new() } else { before };
-        let renewed =
-            fresh.and_then(|fresh| witnesses.keep(&fresh)).and_then(|()| witnesses.remove(&old));
-        if let Err(error) = renewed {
-            tracing::warn!(%error, "cannot renew the flush witnesses");
-        }
     }
 }
 

@@ -14,7 +14,7 @@ use super::system::Identity;
 use crate::FdStore;
 
 /// How many a volume keeps: as many deaths in a row may fall between using one and replacing it.
-pub(super) const WITNESSES: usize = 4;
+pub(super) const WITNESSES: usize = 8;
 
 /// The witnesses of one volume, `w.<name>.<k>` in the store.
 ///
