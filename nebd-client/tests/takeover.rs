@@ -366,8 +366,7 @@ fn a_time_limit_is_kept_and_memory_is_left_alone() {
 fn closing_waits_for_requests_and_for_no_server() {
     let host = Host::new();
     let server = host.start();
-    let quick = host.options().connect_timeout(Duration::from_millis(50));
-    let session = Session::open("mem:a", quick).unwrap();
+    let session = Session::open("mem:a", host.options()).unwrap();
     host.set_mode(Mode::Hold);
     let (tell, told) = mpsc::channel();
     session.submit(Io::flush(), Box::new(move |result| tell.send(result).unwrap())).unwrap();
@@ -379,7 +378,7 @@ fn closing_waits_for_requests_and_for_no_server() {
     closing.join().unwrap().unwrap();
     assert_eq!(told.try_recv().unwrap(), Ok(()));
     // Without a server the goodbye is said in the background, to the next one.
-    let quick = host.options().connect_timeout(Duration::from_millis(50));
+    let quick = host.options().connect_timeout(Duration::from_millis(500));
     let session = Session::open("mem:a", quick).unwrap();
     drop(server);
     assert!(matches!(session.close(), Err(CallError::Timeout { .. })));
