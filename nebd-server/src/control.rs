@@ -12,7 +12,7 @@
 mod connection;
 mod notice;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -66,6 +66,8 @@ pub struct Control {
     peers: HashMap<u64, (SessionId, OwnedFd)>,
     /// Who waits for the end of a session: connection and request.
     detaching: HashMap<SessionId, (u64, u64)>,
+    /// Connections that sent Detach while their attach was still under way.
+    abandoned: HashSet<u64>,
 }
 
 impl Control {
@@ -91,6 +93,7 @@ impl Control {
             speakers: HashMap::new(),
             peers: HashMap::new(),
             detaching: HashMap::new(),
+            abandoned: HashSet::new(),
         })
     }
 
@@ -261,8 +264,10 @@ impl Control {
         match notice {
             Notice::Live(session) => self.watch_peer(&session),
             Notice::Attached { connection, session } => {
-                if let Some(known) = self.connections.get_mut(&connection) {
-                    known.set_session(session);
+                if self.abandoned.remove(&connection) {
+                    self.server.end_session(session);
+                } else if let Some(known) = self.connections.get_mut(&connection) {
+                    known.set_session(Some(session));
                     self.speakers.insert(session, connection);
                     if let Some(session) = self.server.session(session) {
                         session.set_connected(true);
@@ -270,6 +275,12 @@ impl Control {
                 } else if self.server.session(session).is_some_and(|s| s.peer.is_none()) {
                     // The client has gone while its volume was being opened.
                     self.server.end_session(session);
+                }
+            }
+            Notice::Refused { connection } => {
+                self.abandoned.remove(&connection);
+                if let Some(connection) = self.connections.get_mut(&connection) {
+                    connection.set_session(None);
                 }
             }
             Notice::Parked(session, parked) => {

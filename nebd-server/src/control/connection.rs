@@ -3,7 +3,6 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use nebd_abi::control::{AttachFlags, DecodeError, Message};
 use nebd_abi::layout::{LayoutVersion, MEMORIES_MAX, SessionId};
@@ -26,7 +25,7 @@ pub struct Connection {
     greeted: bool,
     session: Option<SessionId>,
     /// An attach is under way: a second one would cost another worker thread.
-    attaching: Arc<AtomicBool>,
+    attaching: bool,
     /// Registered before the attach.
     memories: Memories,
 }
@@ -40,7 +39,7 @@ impl Connection {
             peer,
             greeted: false,
             session: None,
-            attaching: Arc::default(),
+            attaching: false,
             memories: Memories::new(),
         })
     }
@@ -55,9 +54,10 @@ impl Connection {
         self.session
     }
 
-    /// It speaks for this session from now on.
-    pub fn set_session(&mut self, session: SessionId) {
-        self.session = Some(session);
+    /// Its attach has ended: it speaks for this session from now on, or for none.
+    pub fn set_session(&mut self, session: Option<SessionId>) {
+        self.session = session;
+        self.attaching = false;
     }
 
     /// Sends without waiting.
@@ -83,6 +83,10 @@ pub fn handle(control: &mut Control, key: u64, packet: Packet) {
             return control.close(key);
         }
     };
+    if matches!(message, Message::Attach { .. } | Message::Detach) {
+        // What its worker thread has said of an earlier attach comes first.
+        control.hear();
+    }
     let Some(connection) = control.connections.get_mut(&key) else { return };
     if !connection.greeted && !matches!(message, Message::Hello { .. } | Message::Ping) {
         return control.reply(key, request, &failed(Errno::INVAL, "the first message is Hello"));
@@ -148,15 +152,15 @@ fn greet(server: &Server, layout_min: u32, layout_max: u32) -> Message {
 }
 
 fn attach(control: &mut Control, key: u64, request: u64, message: Message, fds: Vec<OwnedFd>) {
-    let Some(connection) = control.connections.get(&key) else { return };
+    let Some(connection) = control.connections.get_mut(&key) else { return };
     let Message::Attach { session, flags, queue_count, incarnation, volume } = message else {
         return;
     };
-    if connection.session.is_some() || connection.attaching.swap(true, Relaxed) {
+    if connection.session.is_some() || std::mem::replace(&mut connection.attaching, true) {
         let text = format!("volume {volume}: this connection has a session already");
         return control.reply(key, request, &failed(Errno(17), text));
     }
-    let (socket, attaching) = (connection.socket.clone(), connection.attaching.clone());
+    let socket = connection.socket.clone();
     let (peer, memories) = (connection.peer, connection.memories.clone());
     let server = control.server.clone();
     control.server.jobs.spawn(move || {
@@ -196,10 +200,12 @@ fn attach(control: &mut Control, key: u64, request: u64, message: Message, fds: 
                 server.notices.send(Notice::Attached { connection: key, session });
                 Message::Attached(served.info())
             }
-            Err(failure) => failure,
+            Err(failure) => {
+                server.notices.send(Notice::Refused { connection: key });
+                failure
+            }
         };
         crate::failpoint!("attach-before-reply");
-        attaching.store(false, Relaxed);
         if let Err(error) = nebd_abi::socket::send(&*socket, &answer.encode(request), &[]) {
             tracing::debug!(%error, %session, "the client did not wait for its answer");
         }
@@ -338,6 +344,12 @@ fn detach(control: &mut Control, key: u64, request: u64) {
             control.detaching.insert(id, (key, request));
             control.server.end_session(id);
         }
-        _ => control.reply(key, request, &Message::Done),
+        _ => {
+            // A client that gave up waiting for its attach: the session ends as soon as it begins.
+            if connection.attaching {
+                control.abandoned.insert(key);
+            }
+            control.reply(key, request, &Message::Done);
+        }
     }
 }

@@ -20,6 +20,11 @@ pub enum Notice {
         /// The session.
         session: SessionId,
     },
+    /// A connection's attach was refused.
+    Refused {
+        /// The connection.
+        connection: u64,
+    },
     /// A session's volume was parked, or goes on.
     Parked(SessionId, bool),
     /// A session's volume has a new size.
