@@ -149,9 +149,12 @@ pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(
         Control::new(server.clone(), inputs).map_err(system("set up the control loop"))?;
     let _admin = crate::admin::spawn(admin.into(), server.clone())
         .map_err(system("start the admin service"))?;
-    if let (Some(notifier), Some(life)) = (notifier, inherited.life.take()) {
+    if let Some(notifier) = notifier {
         notifier.ready();
-        watch_keeper(Reregister::new(notifier, life), holdings)?;
+        // A service manager has no life pipe: it does not die before its services.
+        if let Some(life) = inherited.life.take() {
+            watch_keeper(Reregister::new(notifier, life), holdings)?;
+        }
     }
     crate::failpoint!("after-ready");
     server.resume_all();
