@@ -290,6 +290,30 @@ static void check_refusals(const char *name)
     nebd_options_free(options);
 }
 
+/* What is asked in the very moment that a volume is attached is asked of that volume. */
+static void check_at_once(const char *name)
+{
+    int memfd = memfd_create("tour", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    CHECK(memfd >= 0 && ftruncate(memfd, MIB) == 0);
+    CHECK(fcntl(memfd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) == 0);
+    char *mapped = (char *)mmap(NULL, MIB, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
+    CHECK(mapped != MAP_FAILED);
+    for (int i = 0; i < 200; i++) {
+        nebd_volume *volume = NULL;
+        struct nebd_info info;
+        CHECK_RESULT(0, nebd_open(name, NULL, &volume));
+        if (i % 2 == 0) {
+            CHECK_RESULT(0, nebd_refresh(volume, &info, sizeof info));
+        } else {
+            CHECK(nebd_register_memory(volume, memfd, MIB, mapped) >= 1);
+            CHECK_RESULT(0, nebd_write(volume, mapped, BLOCK, 0, 0));
+        }
+        CHECK_RESULT(0, nebd_close(volume));
+    }
+    munmap(mapped, MIB);
+    close(memfd);
+}
+
 int main(int argc, char **argv)
 {
     CHECK(argc == 2);
@@ -305,6 +329,7 @@ int main(int argc, char **argv)
     CHECK_RESULT(0, nebd_close(volume));
     check_polled(argv[1]);
     check_refusals(argv[1]);
+    check_at_once(argv[1]);
     printf("tour: every function did what nebd.h says\n");
     return 0;
 }
