@@ -15,6 +15,9 @@ use nebd_backend::{
 
 const SIZE: u64 = 1 << 20;
 
+/// What a volume keeps.
+const WITNESSES: usize = 8;
+
 /// Servers, one after the other, over one file.
 struct Host {
     backend: FileBackend,
@@ -125,11 +128,12 @@ fn an_fsync_for_each_flush_and_fua() {
         zeros_then_data.extend_from_slice(&pattern(8192, 1)[4096..]);
         assert!(host.mount.control.state().data[..12288] == zeros_then_data);
 
-        // Right after a takeover, too: the volume's own descriptor and one witness.
+        // Right after a takeover, too: a witness, the volume's own descriptor before the witness is
+        // replaced, and the one for the request.
         drop(volume);
         let volume = host.open();
         shard.write(&*volume, 4096, &pattern(8192, 1), OpFlags::FUA).unwrap();
-        check(2);
+        check(3);
         shard.flush(&*volume).unwrap();
         check(1);
     });
@@ -168,7 +172,7 @@ fn errors_arrive_as_their_errno_once() {
 fn a_failed_flush_whose_report_died_is_reported_by_the_successor() {
     for_each_engine(true, |host, shard| {
         let volume = host.open();
-        assert_eq!(host.witnesses().len(), 4);
+        assert_eq!(host.witnesses().len(), WITNESSES);
         host.fail_a_flush(shard, &*volume);
         drop(volume);
         // The gap: whoever opens the file now is told nothing.
@@ -198,9 +202,9 @@ fn deaths_in_a_row_do_not_lose_it() {
         let volume = host.open();
         host.fail_a_flush(shard, &*volume);
         drop(volume);
-        // Each successor uses a witness and dies before its answer is published; the fifth finds
+        // Each successor uses a witness and dies before its answer is published; the last finds
         // none left and fails to be safe.
-        for left in [3, 2, 1, 0, 0] {
+        for left in (0..WITNESSES).rev().chain([0]) {
             let volume = host.open();
             assert_eq!(shard.flush(&*volume), Err(Errno::IO), "{left} left");
             assert_eq!(host.witnesses().len(), left);
@@ -210,7 +214,7 @@ fn deaths_in_a_row_do_not_lose_it() {
         assert_eq!(shard.flush(&*volume), Err(Errno::IO));
         // This time the answer is published, so the error is history.
         publish(shard);
-        host.flush_until(shard, &*volume, |names| names.len() == 4);
+        host.flush_until(shard, &*volume, |names| names.len() == WITNESSES);
         drop(volume);
         let volume = host.open();
         shard.flush(&*volume).unwrap();
@@ -226,7 +230,7 @@ fn a_successful_first_flush_renews_the_witness_and_later_errors_are_not_lost() {
             volume = host.open();
             shard.write(&*volume, 0, &pattern(4096, 3), OpFlags::NONE).unwrap();
             let before = host.witnesses();
-            host.flush_until(shard, &*volume, |names| names.len() == 4 && names != before);
+            host.flush_until(shard, &*volume, |names| names.len() == WITNESSES && names != before);
         }
         host.fail_a_flush(shard, &*volume);
         drop(volume);
@@ -246,7 +250,7 @@ fn a_death_between_use_and_renewal_costs_one_witness() {
         host.fail_a_flush(shard, &*volume);
         drop(volume);
         *host.store.budget.lock().unwrap() = None;
-        assert_eq!(host.witnesses().len(), 3);
+        assert_eq!(host.witnesses().len(), WITNESSES - 1);
         let volume = host.open();
         assert_eq!(shard.flush(&*volume), Err(Errno::IO));
     });
@@ -260,7 +264,7 @@ fn a_published_error_is_not_reported_again_after_the_next_takeover() {
         host.fail_a_flush(shard, &*volume);
         publish(shard);
         let renewed = |names: &[String]| names.iter().all(|name| !before.contains(name));
-        host.flush_until(shard, &*volume, |names| names.len() == 4 && renewed(names));
+        host.flush_until(shard, &*volume, |names| names.len() == WITNESSES && renewed(names));
         drop(volume);
         let volume = host.open();
         shard.flush(&*volume).unwrap();
@@ -288,7 +292,7 @@ fn all_syncs_that_wait_for_the_verdict_get_it() {
 fn close_removes_witnesses_and_a_drop_does_not() {
     for_each_engine(true, |host, _| {
         drop(host.open());
-        assert_eq!(host.witnesses().len(), 4);
+        assert_eq!(host.witnesses().len(), WITNESSES);
         let volume = host.open();
         volume.close();
         assert_eq!(host.witnesses(), Vec::<String>::new());

@@ -83,15 +83,12 @@ impl Witnesses {
 
     /// Takes the oldest out of the store. Once this returned it, no successor will be given it.
     pub(super) fn take_oldest(&self) -> io::Result<Option<OwnedFd>> {
-        for name in self.names() {
-            let fd = self.store.fetch(&name);
-            self.store.remove(&name)?;
-            self.store.barrier()?;
-            if let Some(fd) = fd {
-                return Ok(Some(fd));
-            }
-        }
-        Ok(None)
+        let Some(name) = self.names().into_iter().next() else { return Ok(None) };
+        // It is there; that we cannot have it (no descriptor is free) is no reason to spend it.
+        let fd = self.store.fetch(&name).ok_or(io::Error::from_raw_os_error(libc::EMFILE))?;
+        self.store.remove(&name)?;
+        self.store.barrier()?;
+        Ok(Some(fd))
     }
 
     /// Forgets these.
