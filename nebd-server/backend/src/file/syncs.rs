@@ -23,9 +23,10 @@
 //!   it unsynced, a death after it leaves the others, which owe the same errors.
 //! - *Top up.* New witnesses are opened before the old one is synced, and stored only if that sync
 //!   and the one of the volume's own descriptor succeeded. Success means that from the opening of the
-//!   old witness to its sync there was no error, so the new ones missed none; (I) holds for them. They
-//!   are stored before anybody is answered; a death before that costs one witness. Several deaths in
-//!   a row within that millisecond use them up; with none left the first flush fails with `EIO`: a lie on the safe side.
+//!   old witness to its sync there was no error, so the new ones missed none; (I) holds for them.
+//!   They are stored before anybody is answered; a death before that costs one witness. Several
+//!   deaths in a row within that millisecond use them up; with none left the first flush fails with
+//!   `EIO`: a lie on the safe side.
 //! - *After an error* the stored witnesses owe it still, which is right while it is undelivered and
 //!   tedious afterwards: each takeover would report it again. They are replaced when every failed
 //!   answer is known to be delivered (see [`Lane::drain`](crate::Lane::drain)) and no sync is under
