@@ -268,6 +268,27 @@ fn nonsense_costs_its_own_session() {
 }
 
 #[test]
+fn what_follows_an_attach_finds_the_session() {
+    let server = Server::start("run");
+    server.create("null:a");
+    for id in 0..200 {
+        let mut client = Client::attach(&server, "null:a", id, AttachFlags::EXCLUSIVE).unwrap();
+        let memory = nebd_abi::region::SharedMemory::create("guest", 4096).unwrap();
+        let fd = memory.fd().try_clone_to_owned().unwrap();
+        let register = Message::RegisterMemory { memory: 1 };
+        assert_eq!(ask(&client.socket, &register, &[&fd]), Message::Done);
+        let buffers = [Buffer { memory: 1, length: 4096, offset: 0 }];
+        let (op, flags) = (Op::Write, OpFlags::NONE);
+        client
+            .submit
+            .submit(0, &Submission { op, flags, offset: 0, length: 4096, buffers: &buffers });
+        rustix::io::write(&client.kick, &1u64.to_ne_bytes()).unwrap();
+        assert_eq!(client.reap().result, Ok(()), "attach {id}");
+        assert_eq!(ask(&client.socket, &Message::Detach, &[]), Message::Done);
+    }
+}
+
+#[test]
 fn a_doorbell_that_could_block_is_refused() {
     let server = Server::start("run");
     server.create("null:a");

@@ -83,10 +83,9 @@ pub fn handle(control: &mut Control, key: u64, packet: Packet) {
             return control.close(key);
         }
     };
-    if matches!(message, Message::Attach { .. } | Message::Detach) {
-        // What its worker thread has said of an earlier attach comes first.
-        control.hear();
-    }
+    // What a worker thread has said comes first: its `Attached` may have been read by the client,
+    // and this message sent, before the control thread has heard of the session.
+    control.hear();
     let Some(connection) = control.connections.get_mut(&key) else { return };
     if !connection.greeted && !matches!(message, Message::Hello { .. } | Message::Ping) {
         return control.reply(key, request, &failed(Errno::INVAL, "the first message is Hello"));
