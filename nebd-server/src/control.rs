@@ -292,7 +292,10 @@ impl Control {
                 if let Some((key, request)) = self.detaching.remove(&session) {
                     self.reply(key, request, &Message::Done);
                 }
-                self.speakers.remove(&session);
+                let speaker = self.speakers.remove(&session);
+                if let Some(speaker) = speaker.and_then(|key| self.connections.get_mut(&key)) {
+                    speaker.set_session(None);
+                }
             }
         }
     }

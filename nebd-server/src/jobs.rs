@@ -7,8 +7,9 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Threads at most; a volume that waits for a lock holds one.
-const THREADS_MAX: usize = 128;
+/// Threads at most; each session of a volume that waits for its storage holds one, and must not
+/// keep those of other volumes waiting.
+const THREADS_MAX: usize = 4096;
 /// Threads that stay when there is nothing to do.
 const THREADS_KEPT: usize = 2;
 

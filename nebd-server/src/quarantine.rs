@@ -74,6 +74,7 @@ impl Quarantine {
     /// A session is gone, and its requests with it.
     pub fn forget(&mut self, session: SessionId) {
         self.waiting.retain(|suspect| suspect.session != session);
+        self.answered(session);
         for suspects in self.parked.values_mut() {
             suspects.retain(|suspect| suspect.session != session);
         }

@@ -33,7 +33,22 @@ pub struct Record {
     pub owner_gid: u32,
     /// Who may attach: read and write bits as for a file.
     pub mode: u32,
+    /// Tells this volume from others that had or will have its name.
+    #[serde(default)]
+    pub birth: u64,
+    /// The last resizes, newest last: what they answered is durable with the size itself.
+    #[serde(default)]
+    resizes: Vec<Resize>,
 }
+
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+struct Resize {
+    id: String,
+    size: u64,
+}
+
+/// Resizes of a volume that are remembered.
+const RESIZES_MAX: usize = 16;
 
 impl Record {
     /// A record of a volume.
@@ -46,6 +61,24 @@ impl Record {
             owner_uid,
             owner_gid,
             mode,
+            birth: birth(),
+            resizes: Vec::new(),
+        }
+    }
+
+    /// The size that resize `id` answered with, if it was answered.
+    pub fn resized(&self, id: &[u8]) -> Option<u64> {
+        let id = hex(id);
+        self.resizes.iter().find(|resize| resize.id == id).map(|resize| resize.size)
+    }
+
+    /// The volume has a new size, by resize `id`.
+    pub fn set_size(&mut self, id: &[u8], size: u64) {
+        self.size = size;
+        if !id.is_empty() {
+            self.resizes.push(Resize { id: hex(id), size });
+            let excess = self.resizes.len().saturating_sub(RESIZES_MAX);
+            self.resizes.drain(..excess);
         }
     }
 
@@ -262,6 +295,12 @@ fn sync_dir(dir: &Path) -> Result<(), RegistryError> {
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(file("sync", dir))
 }
 
+/// Random; 63 bits, since TOML has no more.
+fn birth() -> u64 {
+    use std::hash::{BuildHasher, Hasher, RandomState};
+    RandomState::new().build_hasher().finish() >> 1
+}
+
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -285,7 +324,17 @@ mod tests {
         registry.put(&name, record.clone()).unwrap();
         registry.answer(b"id", "resize", &name, 9).unwrap();
         let again = Registry::load(dir.path()).unwrap();
-        assert_eq!(again.record(&name), Some(record));
+        assert_eq!(again.record(&name), Some(record.clone()));
+        let mut resized = record;
+        for size in 0..20 {
+            resized.set_size(&[size as u8], size);
+        }
+        again.put(&name, resized).unwrap();
+        let resized = Registry::load(dir.path()).unwrap().record(&name).unwrap();
+        assert_eq!(
+            (resized.size, resized.resized(&[19]), resized.resized(&[0])),
+            (19, Some(19), None)
+        );
         assert_eq!(again.answered(b"id", "resize", &name), Some(9));
         assert_eq!(again.answered(b"id", "create", &name), None);
         again.remove(&name).unwrap();

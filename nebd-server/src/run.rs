@@ -137,6 +137,7 @@ pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(
     let (notices, notice_receiver) = NoticeSink::new(doorbell.clone());
     let (events, shard_events) = EventSink::new(doorbell.clone());
     let server = Arc::new(build(config, &host, generation, seen, store, notices, events)?);
+    let stored = server.reserve_stored();
     host.announce_probes(1 + server.shards.len());
     let inputs = ControlInputs {
         listener: client,
@@ -157,7 +158,7 @@ pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(
         }
     }
     crate::failpoint!("after-ready");
-    server.resume_all();
+    server.resume_all(stored);
     control.run().map_err(system("wait for events"))
 }
 

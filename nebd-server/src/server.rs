@@ -27,7 +27,7 @@ use crate::registry::Registry;
 use crate::session::Session;
 use crate::shard::{Command, ShardHandle};
 use crate::volume::VolumeTable;
-pub use attach::{AttachRequest, Origin, is_eventfd};
+pub use attach::{AttachRequest, Origin, is_eventfd, set_nonblocking};
 
 /// What a server is made of.
 pub struct Server {

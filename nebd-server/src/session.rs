@@ -14,6 +14,7 @@
 pub mod ledger;
 mod translate;
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
@@ -167,16 +168,28 @@ impl Session {
         self.memories_version.load(Acquire)
     }
 
-    /// Registers a memory, or forgets it.
-    pub fn set_memory(&self, id: u32, memory: Option<Arc<SharedMemory>>) {
+    /// Registers a memory, or forgets it, once `store` has done the same in the descriptor store.
+    /// False if the session is on its way out, and nothing was done: its store entries are about
+    /// to be removed, or have been.
+    pub fn set_memory(
+        &self,
+        id: u32,
+        memory: Option<Arc<SharedMemory>>,
+        store: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<bool> {
         let mut memories = lock(&self.memories);
-        let table = Arc::make_mut(&mut memories);
-        set_memory(table, id, memory);
+        if self.is_draining() {
+            return Ok(false);
+        }
+        store()?;
+        set_memory(Arc::make_mut(&mut memories), id, memory);
         self.memories_version.fetch_add(1, Release);
+        Ok(true)
     }
 
-    /// No request is taken any more; those at the backend are awaited.
+    /// No request is taken any more; those at the backend are awaited. False if this was said before.
     pub fn start_draining(&self) -> bool {
+        let _no_memory_comes = lock(&self.memories);
         !self.draining.swap(true, Relaxed)
     }
 
@@ -200,16 +213,16 @@ impl Session {
         format!("s.{id}.{what}")
     }
 
-    /// Every descriptor that a successor needs, with its name in the store.
+    /// Every descriptor that a successor needs, with its name in the store; the region last.
     pub fn stored_fds(&self) -> Vec<(String, BorrowedFd<'_>)> {
         let name = |what: &str| Session::store_name(self.id, what);
-        let mut fds =
-            vec![(name("ledger"), self.ledger.fd()), (name("region"), self.region.memory().fd())];
+        let mut fds = vec![(name("ledger"), self.ledger.fd())];
         for (k, (kick, call)) in self.kicks.iter().zip(&self.calls).enumerate() {
             fds.push((name(&format!("kick{k}")), kick.as_fd()));
             fds.push((name(&format!("call{k}")), call.as_fd()));
         }
         fds.extend(self.peer.as_ref().map(|peer| (name("peer"), peer.as_fd())));
+        fds.push((name("region"), self.region.memory().fd()));
         fds
     }
 }

@@ -1,6 +1,6 @@
 //! Volumes that are open, each once, however many sessions attach it.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -83,36 +83,21 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// The counter of a (volume, epoch): gives out `seq`, and with it, atomically, the oldest that is
 /// still outstanding.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Sequence {
-    next: u64,
-    /// One flag for each seq from `next - answered.len()` on.
-    answered: VecDeque<bool>,
-}
-
-impl Default for Sequence {
-    fn default() -> Self {
-        Sequence { next: 1, answered: VecDeque::new() }
-    }
+    last: u64,
+    outstanding: BTreeSet<u64>,
 }
 
 impl Sequence {
     fn begin(&mut self) -> (u64, u64) {
-        let seq = self.next;
-        self.next += 1;
-        self.answered.push_back(false);
-        (seq, self.next - self.answered.len() as u64)
+        self.last += 1;
+        self.outstanding.insert(self.last);
+        (self.last, self.outstanding.first().copied().unwrap_or(self.last))
     }
 
     fn end(&mut self, seq: u64) {
-        let oldest = self.next - self.answered.len() as u64;
-        let flag = seq.checked_sub(oldest).and_then(|at| self.answered.get_mut(at as usize));
-        if let Some(flag) = flag {
-            *flag = true;
-        }
-        while self.answered.front() == Some(&true) {
-            self.answered.pop_front();
-        }
+        self.outstanding.remove(&seq);
     }
 }
 

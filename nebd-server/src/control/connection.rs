@@ -221,10 +221,10 @@ fn adopt_memories(server: &Server, session: &Session, memories: &Memories) {
         );
         if !same {
             let name = Session::store_name(session.id, &format!("mem{id}"));
-            if let Err(error) = server.store.put(&name, memory.fd()) {
+            let store = || server.store.put(&name, memory.fd());
+            if let Err(error) = session.set_memory(id as u32, Some(memory.clone()), store) {
                 tracing::warn!(%error, name, "cannot store a registered memory");
             }
-            session.set_memory(id as u32, Some(memory.clone()));
         }
     }
 }
@@ -257,10 +257,7 @@ fn parse_fds(
         return Err(invalid("a doorbell is no eventfd"));
     }
     for doorbell in &kicks {
-        // A counter that is full must not block a shard.
-        let flags = rustix::fs::fcntl_getfl(doorbell).map_err(|e| invalid(&e.to_string()))?;
-        let flags = flags | rustix::fs::OFlags::NONBLOCK;
-        rustix::fs::fcntl_setfl(doorbell, flags).map_err(|e| invalid(&e.to_string()))?;
+        crate::server::set_nonblocking(doorbell).map_err(|e| invalid(&e.to_string()))?;
     }
     let calls = kicks.split_off(queue_count as usize);
     Ok(AttachFds { region: Arc::new(region), kicks, calls })
@@ -289,14 +286,14 @@ fn register(
     match connection.session {
         None => set_memory(&mut connection.memories, id, Some(memory)),
         Some(session) => {
-            let name = Session::store_name(session, &format!("mem{id}"));
-            control
-                .server
-                .store
-                .put(&name, memory.fd())
+            let session = control.server.session(session).ok_or_else(not_attached)?;
+            let name = Session::store_name(session.id, &format!("mem{id}"));
+            let store = || control.server.store.put(&name, memory.fd());
+            let known = session
+                .set_memory(id, Some(memory.clone()), store)
                 .map_err(|error| failed(Errno::from_io(&error), format!("memory {id}: {error}")))?;
-            if let Some(session) = control.server.session(session) {
-                session.set_memory(id, Some(memory));
+            if !known {
+                return Err(not_attached());
             }
         }
     }
@@ -308,9 +305,9 @@ fn unregister(control: &mut Control, key: u64, id: u32) {
     set_memory(&mut connection.memories, id, None);
     let session = connection.session.and_then(|id| control.server.session(id));
     if let Some(session) = session {
-        session.set_memory(id, None);
         let name = Session::store_name(session.id, &format!("mem{id}"));
-        if let Err(error) = control.server.store.remove(&name) {
+        let store = || control.server.store.remove(&name);
+        if let Err(error) = session.set_memory(id, None, store) {
             tracing::warn!(%error, name, "cannot remove a registered memory from the store");
         }
     }

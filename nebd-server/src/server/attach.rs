@@ -125,8 +125,9 @@ impl AttachError {
                 | AttachError::Foreign(_)
                 | AttachError::Lost(_)
                 | AttachError::Storage(BackendError::Lost(_))
-                | AttachError::Memory { .. }
-        )
+        ) && !matches!(self, AttachError::Memory { source, .. }
+            // What the system refuses today it may grant tomorrow.
+            if !matches!(source, RegionError::System { .. }))
     }
 }
 
@@ -137,21 +138,25 @@ impl Server {
         if let Some(session) = self.reserve(&request)? {
             return Ok(session);
         }
-        let attached = self.open_and_serve(self.with_stored_ledger(request));
-        let mut entries = self.entries();
-        match &attached {
-            Ok(session) => {
-                if let Some(entry) = entries.get_mut(&id) {
-                    entry.session = Some(session.clone());
+        let origin = request.origin;
+        let prepared = match self.open_and_prepare(self.with_stored_ledger(request)) {
+            Ok(prepared) => prepared,
+            Err(error) => {
+                // A stored session keeps its place: its client has not given it up.
+                if origin == Origin::Client {
+                    self.entries().remove(&id);
                 }
+                return Err(error);
             }
-            Err(_) => _ = entries.remove(&id),
+        };
+        // Known before it is served: what its shards report must find it.
+        let session = prepared.session.clone();
+        if let Some(entry) = self.entries().get_mut(&id) {
+            entry.session = Some(session.clone());
         }
-        drop(entries);
-        if let Ok(session) = &attached {
-            self.notices.send(Notice::Live(session.clone()));
-        }
-        attached
+        self.notices.send(Notice::Live(session.clone()));
+        self.start(prepared);
+        Ok(session)
     }
 
     /// Takes the session's place, so that nobody else starts it; or finds the session there.
@@ -161,6 +166,9 @@ impl Server {
         let exclusive = flags.contains(AttachFlags::EXCLUSIVE);
         let mut entries = self.entries();
         if let Some(entry) = entries.get(&params.session) {
+            if entry.session.is_none() && request.origin == Origin::Store {
+                return Ok(None);
+            }
             let session = entry.session.clone().ok_or(AttachError::Starting(params.session))?;
             return match same_memory(&session.region, &request.region) {
                 true if session.is_draining() => Err(AttachError::Starting(params.session)),
@@ -189,15 +197,15 @@ impl Server {
         request
     }
 
-    fn open_and_serve(&self, request: AttachRequest) -> Result<Arc<Session>, AttachError> {
+    fn open_and_prepare(&self, request: AttachRequest) -> Result<Prepared, AttachError> {
         let volume = self.acquire_volume(&request)?;
         crate::failpoint!("attach-after-open");
         let name = volume.name.clone();
-        let served = self.serve(request, volume);
-        if served.is_err() {
+        let prepared = self.prepare(request, volume);
+        if prepared.is_err() {
             self.volumes.release(&name);
         }
-        served
+        prepared
     }
 
     fn acquire_volume(&self, request: &AttachRequest) -> Result<Arc<OpenVolume>, AttachError> {
@@ -217,6 +225,9 @@ impl Server {
             store: self.store.clone(),
         };
         let volume = self.volumes.acquire(name, || {
+            // Read again now that nobody can resize or delete it.
+            let record =
+                self.registry.record(name).ok_or_else(|| BackendError::NotFound(name.clone()))?;
             let opened = backend.open(&record.spec(name), &context)?;
             let epoch = Epoch::new(opened.major, self.generation);
             Ok(OpenVolume::new(name.clone(), record.block_size, epoch, opened))
@@ -228,11 +239,11 @@ impl Server {
         Ok(volume)
     }
 
-    fn serve(
+    fn prepare(
         &self,
         request: AttachRequest,
         volume: Arc<OpenVolume>,
-    ) -> Result<Arc<Session>, AttachError> {
+    ) -> Result<Prepared, AttachError> {
         let region = request.region;
         let (id, geometry) = (region.params().session, *region.geometry());
         let memory_error = |source| AttachError::Memory { session: id, source };
@@ -275,23 +286,26 @@ impl Server {
             reissued,
         }));
         if request.origin == Origin::Client {
-            self.store_session(&session)?;
+            if let Err(error) = self.store_session(&session) {
+                self.store.remove_all(&Session::store_name(id, ""));
+                return Err(error);
+            }
             crate::failpoint!("attach-after-store");
         }
-        self.start(&session, adopted, verdicts);
-        Ok(session)
+        Ok(Prepared { session, adopted, verdicts })
     }
 
     fn store_session(&self, session: &Session) -> Result<(), AttachError> {
         let store_error = |source| AttachError::Store { session: session.id, source };
-        for (name, fd) in session.stored_fds() {
-            self.store.put(&name, fd).map_err(store_error)?;
-        }
         for (id, memory) in session.memories().iter().enumerate() {
             if let Some(memory) = memory {
                 let name = Session::store_name(session.id, &format!("mem{id}"));
                 self.store.put(&name, memory.fd()).map_err(store_error)?;
             }
+        }
+        // The region comes last: what has no region is no session.
+        for (name, fd) in session.stored_fds() {
+            self.store.put(&name, fd).map_err(store_error)?;
         }
         Ok(())
     }
@@ -331,12 +345,8 @@ impl Server {
         verdicts
     }
 
-    fn start(
-        &self,
-        session: &Arc<Session>,
-        adopted: Vec<(ServerQueue, Vec<Request>)>,
-        verdicts: Verdicts,
-    ) {
+    fn start(&self, prepared: Prepared) {
+        let Prepared { session, adopted, verdicts } = prepared;
         let volume = &session.volume;
         if let Some(first) = verdicts.parked.first() {
             let reason = format!(
@@ -358,6 +368,10 @@ impl Server {
             let setup = QueueSetup { session, index, ring, reissue, parked };
             self.shards[shard].send(Command::Serve(Box::new(setup)));
         }
+        // The operator may have decided otherwise meanwhile; commands arrive in their order.
+        if volume.parked().is_some() != parked {
+            self.park_session(&session, !parked);
+        }
         self.quarantine().admit(verdicts.suspects);
         self.issue_suspect();
         tracing::info!(
@@ -369,16 +383,24 @@ impl Server {
     /// Holds back, or lets go, every session of a volume.
     pub(super) fn park_sessions(&self, volume: &VolumeName, parked: bool) {
         for session in self.sessions_of(volume) {
-            session.publish_state(if parked { ServerState::Parked } else { ServerState::Serving });
-            for shard in session.shards.iter().collect::<std::collections::BTreeSet<_>>() {
-                self.shards[*shard].send(Command::Park(session.id, parked));
-            }
-            self.notices.send(Notice::Parked(session.id, parked));
+            self.park_session(&session, parked);
         }
     }
 
-    /// Starts the sessions that a predecessor left in the store, each on a thread of its own.
-    pub fn resume_all(self: &Arc<Self>) {
+    fn park_session(&self, session: &Session, parked: bool) {
+        if session.is_draining() {
+            return;
+        }
+        session.publish_state(if parked { ServerState::Parked } else { ServerState::Serving });
+        for shard in session.shards.iter().collect::<std::collections::BTreeSet<_>>() {
+            self.shards[*shard].send(Command::Park(session.id, parked));
+        }
+        self.notices.send(Notice::Parked(session.id, parked));
+    }
+
+    /// Gives the sessions that a predecessor left in the store their places, before anybody else
+    /// can ask for their volumes.
+    pub fn reserve_stored(&self) -> Vec<AttachRequest> {
         let mut ids: Vec<SessionId> = self
             .store
             .names("s.")
@@ -387,41 +409,61 @@ impl Server {
             .collect();
         ids.sort_unstable();
         ids.dedup();
-        for id in ids {
+        let requests = ids.into_iter().filter_map(|id| match self.stored_request(id) {
+            Ok(request) => {
+                let flags = AttachFlags(request.attachment.attach_flags);
+                let entry = Entry {
+                    volume: request.region.params().volume.clone(),
+                    exclusive: flags.contains(AttachFlags::EXCLUSIVE),
+                    session: None,
+                };
+                self.entries().insert(id, entry);
+                Some(request)
+            }
+            Err(error) => {
+                // A client that lives presents its descriptors itself. What is only out of reach
+                // for now stays in the store.
+                tracing::warn!(session = %id, %error, "cannot resume a stored session");
+                if matches!(error, StoredError::Missing(_)) {
+                    self.store.remove_all(&Session::store_name(id, ""));
+                }
+                None
+            }
+        });
+        requests.collect()
+    }
+
+    /// Starts the sessions that have their places, each on a thread of its own.
+    pub fn resume_all(self: &Arc<Self>, requests: Vec<AttachRequest>) {
+        for request in requests {
             let server = self.clone();
-            self.jobs.spawn(move || server.resume(id));
+            self.jobs.spawn(move || server.resume(request));
         }
     }
 
     /// Starts one stored session; waits as long as its storage does not answer.
-    fn resume(&self, id: SessionId) {
+    fn resume(&self, request: AttachRequest) {
         crate::failpoint!("resume");
+        let id = request.region.params().session;
         let mut pause = Duration::from_millis(1);
-        loop {
-            let request = match self.stored_request(id) {
-                Ok(request) => request,
+        let mut attached = self.attach(request);
+        while let Err(error) = attached {
+            if !error.is_transient() {
+                tracing::error!(session = %id, %error, "session cannot be resumed");
+                self.store.remove_all(&Session::store_name(id, ""));
+                self.entries().remove(&id);
+                return;
+            }
+            tracing::warn!(session = %id, %error, "session waits");
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_secs(1));
+            attached = match self.stored_request(id) {
+                Ok(request) => self.attach(request),
                 Err(error) => {
-                    // Without its region there is nothing to serve; a client that lives presents
-                    // its descriptors itself.
-                    tracing::warn!(session = %id, %error, "cannot resume a stored session");
-                    self.store.remove_all(&Session::store_name(id, ""));
-                    return;
+                    tracing::warn!(session = %id, %error, "the stored session is out of reach");
+                    Err(AttachError::Starting(id))
                 }
             };
-            match self.attach(request) {
-                Ok(_) => return,
-                Err(AttachError::Starting(_)) => return,
-                Err(error) if error.is_transient() => {
-                    tracing::warn!(session = %id, %error, "session waits");
-                    std::thread::sleep(pause);
-                    pause = (pause * 2).min(Duration::from_secs(1));
-                }
-                Err(error) => {
-                    tracing::error!(session = %id, %error, "session cannot be resumed");
-                    self.store.remove_all(&Session::store_name(id, ""));
-                    return;
-                }
-            }
         }
     }
 
@@ -432,7 +474,14 @@ impl Server {
         let ledger = Ledger::open(fetch("ledger").ok_or(StoredError::Missing("ledger"))?)?;
         let doorbells = |kind: &'static str| -> Result<Vec<OwnedFd>, StoredError> {
             let queues = 0..region.geometry().queue_count;
-            queues.map(|k| fetch(&format!("{kind}{k}")).ok_or(StoredError::Missing(kind))).collect()
+            queues
+                .map(|k| {
+                    let doorbell =
+                        fetch(&format!("{kind}{k}")).ok_or(StoredError::Missing(kind))?;
+                    set_nonblocking(&doorbell).map_err(|_| StoredError::Missing(kind))?;
+                    Ok(doorbell)
+                })
+                .collect()
         };
         let mut memories = Memories::new();
         for name in self.store.names(&Session::store_name(id, "mem")) {
@@ -455,6 +504,13 @@ impl Server {
     }
 }
 
+/// A session that is complete but for being served.
+struct Prepared {
+    session: Arc<Session>,
+    adopted: Vec<(ServerQueue, Vec<Request>)>,
+    verdicts: Verdicts,
+}
+
 #[derive(Default)]
 struct Verdicts {
     suspects: Vec<Suspect>,
@@ -472,6 +528,13 @@ enum StoredError {
 
 fn same_memory(a: &Region, b: &Region) -> bool {
     matches!((a.memory().identity(), b.memory().identity()), (Ok(a), Ok(b)) if a == b)
+}
+
+/// A doorbell whose counter is full must not block a shard.
+pub fn set_nonblocking(doorbell: &OwnedFd) -> std::io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(doorbell)?;
+    rustix::fs::fcntl_setfl(doorbell, flags | rustix::fs::OFlags::NONBLOCK)?;
+    Ok(())
 }
 
 /// Whether a descriptor is an eventfd: others could block a shard that writes to them.

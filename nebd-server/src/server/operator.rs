@@ -113,13 +113,13 @@ impl Server {
     ) -> Result<u64, AdminError> {
         // One at a time: the answer is remembered before another resize can change it.
         let _turn = self.resize.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Some(answered) = self.registry.answered(operation, "resize", name) {
-            return Ok(answered);
-        }
         let mut record = self
             .registry
             .record(name)
             .ok_or_else(|| AdminError::NotFound { volume: name.to_string() })?;
+        if let Some(answered) = record.resized(operation) {
+            return Ok(answered);
+        }
         let open = self.volumes.open(name);
         let present = open.as_ref().map_or(record.size, |volume| volume.size());
         if size < present && !shrink {
@@ -139,11 +139,8 @@ impl Server {
             None => self.resize_closed(name, &record, size)?,
         };
         crate::failpoint!("resize-before-record");
-        record.size = size;
+        record.set_size(operation, size);
         self.registry.put(name, record).map_err(registry_error(name, "write"))?;
-        self.registry
-            .answer(operation, "resize", name, size)
-            .map_err(registry_error(name, "write"))?;
         for session in self.sessions_of(name) {
             session.region.header().volume_size.store(size, Relaxed);
             self.notices.send(Notice::Resized(session.id, size));
@@ -372,22 +369,29 @@ impl AdminApi for Server {
         request: admin::DeleteVolumeRequest,
     ) -> Result<(), AdminError> {
         let name: VolumeName = request.name.parse()?;
-        if self.registry.answered(&request.operation_id, "delete", &name).is_some()
-            && self.registry.record(&name).is_none()
+        // The answer names the very volume that this operation set out to delete: a newer one of the
+        // same name is left alone.
+        if let Some(birth) = self.registry.answered(&request.operation_id, "delete", &name)
+            && self.registry.record(&name).is_none_or(|record| record.birth != birth)
         {
             return Ok(());
         }
         let record = self.record_as_owner(caller, &name, "delete it")?;
         let backend = self.backend_of(&name)?;
         let deleted = self.volumes.while_closed(&name, || -> Result<(), AdminError> {
+            // A session that has its place but not its volume yet.
+            let sessions = self.session_count(&name);
+            if sessions > 0 {
+                return Err(AdminError::Attached { volume: name.clone(), sessions });
+            }
+            let begun = self.registry.answer(&request.operation_id, "delete", &name, record.birth);
+            begun.map_err(registry_error(&name, "write"))?;
             match backend.delete(&record.spec(&name)) {
                 // A predecessor died between the two steps.
                 Ok(()) | Err(BackendError::NotFound(_)) => {}
                 Err(error) => return Err(error.into()),
             }
             crate::failpoint!("delete-before-record");
-            let answered = self.registry.answer(&request.operation_id, "delete", &name, 0);
-            answered.map_err(registry_error(&name, "write"))?;
             self.registry.remove(&name).map_err(registry_error(&name, "write"))
         });
         deleted.ok_or_else(|| AdminError::Attached {

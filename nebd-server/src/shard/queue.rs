@@ -25,6 +25,9 @@ pub(super) enum Served {
 /// Turns without a request after which a queue of a busy shard goes to sleep.
 const IDLE_TURNS_MAX: u32 = 4096;
 
+/// Bytes that a queue may move at a turn: some backends copy on the shard's own thread.
+const TURN_BYTES_MAX: u64 = 4 << 20;
+
 /// A request at the backend.
 struct InFlight {
     seq: u64,
@@ -115,12 +118,13 @@ impl QueueTask {
             self.active = false;
             return Ok(Served::Asleep);
         }
-        let mut taken = 0;
-        while taken < context.batch {
+        let (mut taken, mut bytes) = (0, 0);
+        while taken < context.batch && bytes < TURN_BYTES_MAX {
             let Some(request) = self.ring.pop()? else { break };
             crate::failpoint!("after-pop");
             self.dispatch(lane, context, &request, false);
             taken += 1;
+            bytes = request.length.saturating_add(bytes);
         }
         if self.answered_inline {
             self.answered_inline = false;
@@ -223,7 +227,8 @@ impl QueueTask {
         } else {
             let slot = request.slot as usize;
             self.dispatch(lane, context, &request, true);
-            if self.in_flight[slot].is_none() {
+            let is_out = |out: &InFlight| out.suspect && out.seq == request.seq;
+            if !self.in_flight[slot].as_ref().is_some_and(is_out) {
                 context.events.send(ShardEvent::SuspectAnswered(self.session.id));
                 self.call_if_needed();
             }

@@ -29,6 +29,10 @@ pub const DEPTH_MAX: u32 = 4096;
 pub const IOVECS_MAX: u32 = 1024;
 /// Most external memory regions registered beside the arena (their ids run from 1 to this).
 pub const MEMORIES_MAX: u32 = 64;
+/// Most slots in a region.
+pub const SLOTS_TOTAL_MAX: u32 = 65_536;
+/// Most iovecs in the tables of a region: what a successor may have to copy at once.
+pub const IOVECS_TOTAL_MAX: u64 = 1 << 20;
 /// Largest region.
 pub const REGION_BYTES_MAX: u64 = 1 << 40;
 /// Most bytes a read or write may move.
@@ -345,6 +349,15 @@ impl Geometry {
         }
         if self.iovecs_per_slot == 0 || self.iovecs_per_slot > IOVECS_MAX {
             return field("iovecs_per_slot", self.iovecs_per_slot.into());
+        }
+        // In range as checked, so nothing overflows.
+        let slots = self.slots_total();
+        if slots > SLOTS_TOTAL_MAX {
+            return field("queue_count * queue_depth", slots.into());
+        }
+        let iovecs = u64::from(slots) * u64::from(self.iovecs_per_slot);
+        if iovecs > IOVECS_TOTAL_MAX {
+            return field("queue_count * queue_depth * iovecs_per_slot", iovecs);
         }
         if !self.arena_size.is_multiple_of(PAGE) || self.arena_size > REGION_BYTES_MAX / 2 {
             return field("arena_size", self.arena_size);

@@ -305,6 +305,9 @@ pub enum RingViolation {
     Slot(u64),
 }
 
+/// Stale entries that one [`ServerQueue::pop`] passes over.
+const STALE_ENTRIES_MAX: u32 = 64;
+
 /// The server's half of a queue. One thread at a time.
 pub struct ServerQueue {
     memory: QueueMemory,
@@ -397,8 +400,11 @@ impl ServerQueue {
     }
 
     /// The next request, if one was submitted. Each `(slot, seq)` comes once.
+    ///
+    /// Passes over a bounded number of stale entries: `None` with [`is_ready`](Self::is_ready) still
+    /// true means that there are more, and that the other queues should have their turn first.
     pub fn pop(&mut self) -> Result<Option<Request>, RingViolation> {
-        loop {
+        for _ in 0..STALE_ENTRIES_MAX {
             let tail = self.memory.header().sq_tail.word.load(Acquire);
             let ahead = tail.wrapping_sub(self.sq_head);
             if ahead == 0 {
@@ -419,12 +425,16 @@ impl ServerQueue {
                 continue;
             }
             // An entry whose slot has moved on is stale: it was answered by an earlier server.
+            if self.memory.slots()[slot as usize].seq.load(Relaxed) != seq {
+                continue;
+            }
             let Some(request) = self.copy(slot as u32).filter(|request| request.seq == seq) else {
                 continue;
             };
             self.dispatched[slot as usize] = seq;
             return Ok(Some(request));
         }
+        Ok(None)
     }
 
     /// Answers a request that [`adopt`](Self::adopt) or [`pop`](Self::pop) returned.
