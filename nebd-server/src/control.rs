@@ -250,8 +250,7 @@ impl Control {
                 ShardEvent::Drained(session) => {
                     let server = self.server.clone();
                     self.server.jobs.spawn(move || {
-                        server.queue_drained(session);
-                        if server.session(session).is_none() {
+                        if server.queue_drained(session) {
                             server.notices.send(Notice::Ended(session));
                         }
                     });

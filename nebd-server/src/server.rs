@@ -161,11 +161,12 @@ impl Server {
         }
     }
 
-    /// One queue of a draining session is done; the last one releases the session. May block.
-    pub fn queue_drained(&self, id: SessionId) {
-        let Some(session) = self.session(id) else { return };
+    /// One queue of a draining session is done; the last one releases the session, and returns
+    /// true. May block.
+    pub fn queue_drained(&self, id: SessionId) -> bool {
+        let Some(session) = self.session(id) else { return false };
         if session.queues_left.fetch_sub(1, AcqRel) > 1 {
-            return;
+            return false;
         }
         let state = session.region.header().server_state.load(Relaxed);
         if ServerState::from_bits(state) != ServerState::Detached {
@@ -177,6 +178,7 @@ impl Server {
         self.entries().remove(&id);
         self.volumes.release(&volume);
         tracing::info!(session = %id, %volume, "session ended");
+        true
     }
 
     /// Issues the next suspect, if none is out.

@@ -362,11 +362,16 @@ impl Shard {
             tracing::error!(session = %id.0, %error, "cannot watch a doorbell");
         }
         let mut task = QueueTask::new(key, setup);
+        if task.session.is_draining() {
+            // Its client died before it was served; the command to drain may have come too early.
+            task.drain();
+        }
         task.start(&mut self.lane, &self.context);
         self.in_flight += task.in_flight_count;
         self.queues[key] = Some(Box::new(task));
         self.by_session.insert(id, key);
         self.activate(key);
+        self.finish_if_drained(key);
     }
 
     fn activate(&mut self, key: usize) {
