@@ -174,6 +174,9 @@ impl Control {
             Ok(Some(packet)) => connection::handle(self, key, packet),
             Ok(None) => self.close(key),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            // A client that closed with our answer unread: told once, ahead of the packets it sent
+            // before (its Detach, for one). They come next, and then the end.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {}
             Err(error) => {
                 tracing::debug!(%error, "connection lost");
                 self.close(key);

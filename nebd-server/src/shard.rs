@@ -12,11 +12,13 @@
 //! its slot, a finished one without a published completion is issued again.
 
 mod queue;
+mod ringer;
 mod spin;
 
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -30,6 +32,7 @@ use rustix::event::{Timespec, epoll};
 
 use crate::session::Session;
 use queue::{QueueTask, Served};
+use ringer::Ringer;
 use spin::Spin;
 
 /// How often a shard with requests in flight shows that it lives.
@@ -172,6 +175,7 @@ struct Shard {
     index: usize,
     context: ShardContext,
     lane: Lane,
+    ringer: Rc<Ringer>,
     epoll: OwnedFd,
     commands: Receiver<Command>,
     queues: Vec<Option<Box<QueueTask>>>,
@@ -198,6 +202,7 @@ impl Shard {
             index,
             context,
             lane,
+            ringer: Rc::new(Ringer::new()?),
             epoll,
             commands,
             queues: Vec::new(),
@@ -361,7 +366,7 @@ impl Shard {
             // the same while the shard is awake.
             tracing::error!(session = %id.0, %error, "cannot watch a doorbell");
         }
-        let mut task = QueueTask::new(key, setup);
+        let mut task = QueueTask::new(key, setup, self.ringer.clone());
         if task.session.is_draining() {
             // Its client died before it was served; the command to drain may have come too early.
             task.drain();

@@ -1,222 +1,14 @@
 //! The server as a process, driven by a client that is nothing but the shared bytes.
 
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+mod common;
 
-use nebd_abi::control::{AttachFlags, Event, Message, VolumeInfo};
-use nebd_abi::layout::{Geometry, LayoutVersion, RegionParams, ServerState, SessionId};
-use nebd_abi::region::Region;
-use nebd_abi::ring::{Buffer, ClientReap, ClientSubmit, Completion, Submission};
+use std::time::Duration;
+
+use common::{Client, Server, ask, hello, until};
+use nebd_abi::control::{AttachFlags, Event, Message};
+use nebd_abi::layout::ServerState;
+use nebd_abi::ring::{Buffer, Submission};
 use nebd_abi::{Errno, Op, OpFlags, socket};
-use nebd_rpc::admin::admin_client::AdminClient;
-use nebd_rpc::admin::{CreateVolumeRequest, GetStatusRequest, Status};
-use rustix::event::EventfdFlags;
-
-const LIMIT: Duration = Duration::from_secs(20);
-
-struct Server {
-    dir: tempfile::TempDir,
-    child: Child,
-}
-
-impl Server {
-    fn start(command: &str) -> Server {
-        let dir = tempfile::tempdir().unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_nebd-server"))
-            .arg(command)
-            .arg("--socket")
-            .arg(dir.path().join("nebd.sock"))
-            .arg("--state-dir")
-            .arg(dir.path().join("state"))
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        let server = Server { dir, child };
-        until(|| socket::connect(&server.socket()).is_ok().then_some(()));
-        server
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.dir.path().join("nebd.sock")
-    }
-
-    fn server_pid(&self) -> i32 {
-        let path = self.dir.path().join("state/server.pid");
-        until(|| std::fs::read_to_string(&path).ok()?.lines().next()?.parse().ok())
-    }
-
-    fn kill_server(&self) {
-        let pid = rustix::process::Pid::from_raw(self.server_pid()).unwrap();
-        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
-    }
-
-    fn admin<T>(&self, call: impl AsyncFnOnce(AdminClient<tonic::transport::Channel>) -> T) -> T {
-        let path = self.dir.path().join("nebd.sock.admin");
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            let connect = tower::service_fn(move |_| {
-                let path = path.clone();
-                async move {
-                    let stream = tokio::net::UnixStream::connect(path).await?;
-                    io::Result::Ok(hyper_util::rt::TokioIo::new(stream))
-                }
-            });
-            let endpoint = tonic::transport::Endpoint::from_static("http://nebd");
-            call(AdminClient::new(endpoint.connect_with_connector(connect).await.unwrap())).await
-        })
-    }
-
-    fn create(&self, name: &str) {
-        let request =
-            CreateVolumeRequest { name: name.into(), size_bytes: 1 << 20, ..Default::default() };
-        self.admin(async |mut client| client.create_volume(request).await).unwrap();
-    }
-
-    fn status(&self) -> Status {
-        self.admin(async |mut client| client.get_status(GetStatusRequest {}).await)
-            .unwrap()
-            .into_inner()
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-        let _ = self.child.wait();
-    }
-}
-
-fn until<T>(mut check: impl FnMut() -> Option<T>) -> T {
-    let start = Instant::now();
-    loop {
-        if let Some(found) = check() {
-            return found;
-        }
-        assert!(start.elapsed() < LIMIT, "it did not happen");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-struct Client {
-    region: Arc<Region>,
-    kick: OwnedFd,
-    call: OwnedFd,
-    socket: OwnedFd,
-    submit: ClientSubmit,
-    reap: ClientReap,
-    info: VolumeInfo,
-}
-
-fn ask(socket: &OwnedFd, message: &Message, fds: &[&OwnedFd]) -> Message {
-    let fds: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
-    socket::send(socket, &message.encode(1), &fds).unwrap();
-    loop {
-        let packet = socket::receive(socket).unwrap().expect("an answer");
-        let (request, message) = Message::decode(&packet.bytes).unwrap();
-        if request == 1 {
-            return message;
-        }
-    }
-}
-
-fn hello(path: &Path) -> OwnedFd {
-    let socket = socket::connect(path).unwrap();
-    let hello =
-        Message::Hello { layout_min: 1, layout_max: 1, features: 0, pid: 1, version: "raw".into() };
-    assert!(matches!(ask(&socket, &hello, &[]), Message::Welcome { .. }));
-    socket
-}
-
-impl Client {
-    fn attach(
-        server: &Server,
-        volume: &str,
-        id: u8,
-        flags: AttachFlags,
-    ) -> Result<Client, Message> {
-        let geometry =
-            Geometry { queue_count: 1, queue_depth: 8, iovecs_per_slot: 4, arena_size: 1 << 16 };
-        let region = Region::create(RegionParams {
-            version: LayoutVersion::CURRENT,
-            session: SessionId([id; 16]),
-            geometry,
-            volume: volume.parse().unwrap(),
-            client_pid: std::process::id(),
-            client_version: "raw".into(),
-        });
-        let region = Arc::new(region.unwrap());
-        let eventfd = || rustix::event::eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-        let memory = region.queue(0).unwrap();
-        let mut client = Client {
-            kick: eventfd(),
-            call: eventfd(),
-            socket: hello(&server.socket()),
-            submit: ClientSubmit::new(memory.clone()),
-            reap: ClientReap::new(memory),
-            region,
-            info: VolumeInfo {
-                size: 0,
-                block_size: 0,
-                read_only: false,
-                can_discard: false,
-                can_write_zeroes: false,
-                epoch: nebd_abi::Epoch::default(),
-                transfer_bytes_max: 0,
-                incarnation: 0,
-            },
-        };
-        client.info = client.present(flags)?;
-        Ok(client)
-    }
-
-    fn present(&self, flags: AttachFlags) -> Result<VolumeInfo, Message> {
-        let params = self.region.params();
-        let attach = Message::Attach {
-            session: params.session,
-            flags,
-            queue_count: 1,
-            incarnation: self.info.incarnation,
-            volume: params.volume.clone(),
-        };
-        let region = self.region.memory().fd().try_clone_to_owned().unwrap();
-        match ask(&self.socket, &attach, &[&region, &self.kick, &self.call]) {
-            Message::Attached(info) => Ok(info),
-            other => Err(other),
-        }
-    }
-
-    fn submit(&mut self, slot: u32, op: Op, offset: u64, length: u32) -> u64 {
-        let buffers = [Buffer { memory: 0, length, offset: u64::from(slot) * 4096 }];
-        let buffers = if op.has_data() { &buffers[..] } else { &[] };
-        let (flags, length) = (OpFlags::NONE, u64::from(length));
-        let seq = self.submit.submit(slot, &Submission { op, flags, offset, length, buffers });
-        if self.submit.kick_needed() {
-            rustix::io::write(&self.kick, &1u64.to_ne_bytes()).unwrap();
-        }
-        seq
-    }
-
-    fn reap(&mut self) -> Completion {
-        until(|| self.reap.reap())
-    }
-
-    fn io(&mut self, op: Op, offset: u64, length: u32) -> Result<(), Errno> {
-        let seq = self.submit(0, op, offset, length);
-        let completion = self.reap();
-        assert_eq!(completion.seq, seq);
-        completion.result
-    }
-
-    fn state(&self) -> ServerState {
-        let state = &self.region.header().server_state;
-        ServerState::from_bits(state.load(std::sync::atomic::Ordering::Acquire))
-    }
-}
 
 #[test]
 fn requests_are_served_and_rules_are_kept() {
@@ -298,6 +90,35 @@ fn a_doorbell_that_could_block_is_refused() {
     (client.kick, client.call) = (reader, writer);
     let refused = client.present(AttachFlags::REATTACH);
     assert!(matches!(refused, Err(Message::Failed { errno: Errno::INVAL, .. })));
+}
+
+#[test]
+fn a_doorbell_that_was_made_to_block_afterwards_holds_up_nobody() {
+    let server = Server::start("keeper");
+    server.create("null:a");
+    server.create("null:b");
+    let pid = server.server_pid();
+    // On every shard, the honest client's too.
+    let mut hostile: Vec<Client> = (1..9)
+        .map(|id| Client::attach(&server, "null:b", id, AttachFlags::default()).unwrap())
+        .collect();
+    for client in &mut hostile {
+        let flags = rustix::fs::fcntl_getfl(&client.call).unwrap();
+        rustix::fs::fcntl_setfl(&client.call, flags - rustix::fs::OFlags::NONBLOCK).unwrap();
+        let mut count = [0; 8];
+        rustix::io::read(&client.call, &mut count).unwrap();
+        rustix::io::write(&client.call, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        assert!(client.reap.sleep());
+        client.submit(0, Op::Flush, 0, 0);
+    }
+    let mut honest = Client::attach(&server, "null:a", 9, AttachFlags::EXCLUSIVE).unwrap();
+    for _ in 0..100 {
+        assert_eq!(honest.io(Op::Write, 0, 4096), Ok(()));
+    }
+    for client in &mut hostile {
+        assert_eq!(client.reap().result, Ok(()));
+    }
+    assert_eq!(server.server_pid(), pid, "the server did not hang");
 }
 
 #[test]

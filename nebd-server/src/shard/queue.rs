@@ -1,5 +1,6 @@
 //! One queue of one session, as its shard serves it.
 
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -8,6 +9,7 @@ use nebd_abi::ring::{Request as RingRequest, RingViolation, ServerQueue};
 use nebd_abi::{Errno, Fence, Op};
 use nebd_backend::{Lane, Request};
 
+use super::ringer::Ringer;
 use super::{QueueSetup, ShardContext, ShardEvent};
 use crate::hooks;
 use crate::session::{Memories, Rejected, Session, Translated, translate};
@@ -49,6 +51,7 @@ pub(super) struct QueueTask {
     pub(super) touched: bool,
     pub(super) in_flight_count: usize,
     key: usize,
+    ringer: Rc<Ringer>,
     in_flight: Box<[Option<InFlight>]>,
     /// Not dispatched yet: of the predecessor, or held back while parked.
     held: Vec<RingRequest>,
@@ -64,10 +67,11 @@ pub(super) struct QueueTask {
 }
 
 impl QueueTask {
-    pub(super) fn new(key: usize, setup: QueueSetup) -> QueueTask {
+    pub(super) fn new(key: usize, setup: QueueSetup, ringer: Rc<Ringer>) -> QueueTask {
         let depth = setup.ring.depth();
         QueueTask {
             key,
+            ringer,
             in_flight: (0..depth).map(|_| None).collect(),
             held: setup.reissue,
             parked: setup.parked,
@@ -295,9 +299,7 @@ impl QueueTask {
     }
 
     fn call(&self) {
-        // It fails only if the counter is full, and then the client has been called already.
-        let call = &self.session.calls[self.index as usize];
-        let _ = rustix::io::write(call, &1u64.to_ne_bytes());
+        self.ringer.ring(&self.session.calls[self.index as usize]);
     }
 
     pub(super) fn set_parked(&mut self, lane: &mut Lane, context: &ShardContext, parked: bool) {
