@@ -113,10 +113,11 @@ pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(
     crate::failpoint!("after-claim");
     tracing::info!(%generation, pid = std::process::id(), standby, "taking over");
 
-    let client =
-        listener(inherited.client.take(), || sockets::packet(&config.socket, mode, config))?;
+    // The client socket comes last: whoever finds it finds the other.
     let admin =
         listener(inherited.admin.take(), || sockets::stream(&config.admin_socket(), mode, config))?;
+    let client =
+        listener(inherited.client.take(), || sockets::packet(&config.socket, mode, config))?;
     let notifier = Notifier::from_env().map(Arc::new);
     let store = Arc::new(ServerStore::new(std::mem::take(&mut inherited.store), notifier.clone()));
     let holdings = Held {

@@ -38,6 +38,8 @@ impl Server {
             .unwrap();
         let server = Server { dir, child };
         until(|| socket::connect(&server.socket()).is_ok().then_some(()));
+        let admin = server.dir.path().join("nebd.sock.admin");
+        until(|| std::os::unix::net::UnixStream::connect(&admin).is_ok().then_some(()));
         server
     }
 
