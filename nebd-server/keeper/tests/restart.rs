@@ -132,7 +132,7 @@ fn nothing_leaks_over_300_restarts() {
     rig.tell("store m.a a");
     rig.tell_last("die kill");
     last = rig.successor(&last);
-    // Either may have a file open at the moment, but not hundreds.
+    // Either may have opened a file less or more at the moment; a leak would show 300 times.
     let (fds, server_fds) = (count_fds(rig.keeper_pid()), count_fds(last.pid));
     for _ in 0..300 {
         signal(last.pid, Signal::KILL);
@@ -140,7 +140,8 @@ fn nothing_leaks_over_300_restarts() {
     }
     assert_eq!(last.generation, 302);
     eventually("no more descriptors than before", || {
-        (count_fds(rig.keeper_pid()) <= fds && count_fds(last.pid) <= server_fds).then_some(())
+        let (now, server_now) = (count_fds(rig.keeper_pid()), count_fds(last.pid));
+        (now <= fds + 16 && server_now <= server_fds + 16).then_some(())
     });
     let path = format!("/proc/{}/task/{0}/children", rig.keeper_pid());
     if let Ok(children) = std::fs::read_to_string(path) {
