@@ -216,9 +216,8 @@ fn adopt_memories(server: &Server, session: &Session, memories: &Memories) {
     let known = session.memories();
     for (id, memory) in memories.iter().enumerate() {
         let Some(memory) = memory else { continue };
-        let same = known.get(id).and_then(Option::as_ref).is_some_and(
-            |known| matches!((known.identity(), memory.identity()), (Ok(a), Ok(b)) if a == b),
-        );
+        let same =
+            known.get(id).and_then(Option::as_ref).is_some_and(|known| known.is_same_as(memory));
         if !same {
             let name = Session::store_name(session.id, &format!("mem{id}"));
             let store = || server.store.put(&name, memory.fd());

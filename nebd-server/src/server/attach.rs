@@ -170,7 +170,7 @@ impl Server {
                 return Ok(None);
             }
             let session = entry.session.clone().ok_or(AttachError::Starting(params.session))?;
-            return match same_memory(&session.region, &request.region) {
+            return match session.region.memory().is_same_as(request.region.memory()) {
                 true if session.is_draining() => Err(AttachError::Starting(params.session)),
                 true => Ok(Some(session)),
                 false => Err(AttachError::Foreign(params.session)),
@@ -190,7 +190,7 @@ impl Server {
     fn with_stored_ledger(&self, mut request: AttachRequest) -> AttachRequest {
         if request.ledger.is_none()
             && let Ok(stored) = self.stored_request(request.region.params().session)
-            && same_memory(&stored.region, &request.region)
+            && stored.region.memory().is_same_as(request.region.memory())
         {
             request.ledger = stored.ledger;
         }
@@ -524,10 +524,6 @@ enum StoredError {
     Missing(&'static str),
     #[error(transparent)]
     Region(#[from] RegionError),
-}
-
-fn same_memory(a: &Region, b: &Region) -> bool {
-    matches!((a.memory().identity(), b.memory().identity()), (Ok(a), Ok(b)) if a == b)
 }
 
 /// A doorbell whose counter is full must not block a shard.

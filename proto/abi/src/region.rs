@@ -109,6 +109,11 @@ impl SharedMemory {
         Ok((stat.st_dev, stat.st_ino))
     }
 
+    /// Whether both map the same memfd; false if that cannot be told.
+    pub fn is_same_as(&self, other: &SharedMemory) -> bool {
+        matches!((self.identity(), other.identity()), (Ok(a), Ok(b)) if a == b)
+    }
+
     /// Keeps the memory out of core dumps, or out of forked children.
     pub fn advise(&self, advice: rustix::mm::Advice) -> io::Result<()> {
         // SAFETY: DONTDUMP and DONTFORK, the only advices used, change no contents.
