@@ -25,6 +25,7 @@ mod fatal;
 mod fd_store;
 mod hooks;
 mod jobs;
+mod memory_holder;
 mod quarantine;
 mod server;
 mod shard;

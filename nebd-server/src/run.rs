@@ -36,6 +36,11 @@ use crate::registry::{Registry, RegistryError, host_major};
 use crate::server::{Server, ServerParts};
 use crate::shard::{EventSink, ShardContext};
 
+/// The descriptor table's first size; 8 bytes each.
+const DESCRIPTORS_MIN: usize = 4096;
+/// How many a server has for each that is stored: the stored one, and what is opened anew.
+const DESCRIPTORS_PER_STORED: usize = 3;
+
 /// Why a server cannot serve.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
@@ -84,6 +89,9 @@ pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(
     raise_descriptor_limit();
     die_of_panics();
     crate::fatal::die_at_once();
+    if let Err(error) = crate::memory_holder::start() {
+        tracing::warn!(%error, "no holder of the memory: a crash will take longer");
+    }
     let mode = config.socket_mode()?;
     create_private(&config.state_dir).map_err(system("create the state directory"))?;
     #[cfg(feature = "test-hooks")]
@@ -99,6 +107,7 @@ pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(
     if standby && !stand_by(&mut inherited)? {
         return Ok(());
     }
+    make_room_for_descriptors(inherited.store.len());
     // The owner of `seen` is confirmed dead before its generation is replaced; if somebody else
     // replaces it meanwhile, the claim fails.
     let seen = host.generation();
@@ -188,6 +197,9 @@ fn build(
         .map(|index| crate::shard::spawn(index, context.clone()))
         .collect::<io::Result<Vec<_>>>()
         .map_err(system("start a shard"))?;
+    if let Err(error) = crate::memory_holder::note_rings() {
+        tracing::warn!(%error, "a crash will hold the volumes' locks longer");
+    }
     let (backends, file_engine) = backends(config, &store)?;
     Ok(Server::new(ServerParts {
         registry: Registry::load(&config.state_dir)?,
@@ -283,6 +295,10 @@ fn lock(state_dir: &Path) -> Result<std::fs::File, RunError> {
 
 /// What guests store is nobody else's to read.
 fn create_private(dir: &Path) -> io::Result<()> {
+    // To make what exists would wait for whatever else is changed in the directory above.
+    if dir.is_dir() {
+        return Ok(());
+    }
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
 }
 
@@ -301,6 +317,17 @@ fn raise_descriptor_limit() {
     if let Err(error) = rustix::process::setrlimit(rustix::process::Resource::Nofile, raised) {
         tracing::warn!(%error, "cannot raise the descriptor limit");
     }
+}
+
+/// Grows the descriptor table while there is one thread: later each doubling waits for a grace
+/// period of RCU, some 20 ms of every guest's time.
+fn make_room_for_descriptors(stored: usize) {
+    let wanted = (DESCRIPTORS_MIN + stored * DESCRIPTORS_PER_STORED) as u64;
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let last = wanted.min(limit.unwrap_or(u64::MAX)).saturating_sub(1);
+    // Closed at once; the table stays. A failure leaves it as it was.
+    let last = i32::try_from(last).unwrap_or(i32::MAX);
+    let _ = rustix::io::fcntl_dupfd_cloexec(std::io::stderr(), last);
 }
 
 /// What is registered with the next keeper if this one dies.

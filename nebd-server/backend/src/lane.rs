@@ -84,13 +84,17 @@ impl Mailbox {
 }
 
 /// How completions of io_uring reach the thread that submitted.
+///
+/// The default is not the one with the highest throughput. Requests in flight pin the description
+/// that holds a volume's lock, and a successor waits for it. When their thread is dead the kernel
+/// ends cooperative ones as they complete, but deferred ones only in passes of 50 ms.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TaskRun {
     /// When the thread asks (`DEFER_TASKRUN`, Linux 6.1): no interrupts, completions in batches,
     /// and a thread in `epoll_wait` is woken by the ring's descriptor alone.
-    #[default]
     Deferred,
     /// With the thread's next system call (`COOP_TASKRUN`, Linux 5.19).
+    #[default]
     Cooperative,
     /// At once, by interrupting the thread.
     Interrupting,

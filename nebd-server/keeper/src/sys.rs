@@ -276,6 +276,23 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<D
     Ok(datagram)
 }
 
+/// A child that has ended and was not waited for yet; it stays so. rustix does not tell which.
+pub(crate) fn ended_child() -> Option<libc::pid_t> {
+    // SAFETY: all zeros are a valid siginfo_t.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: the kernel fills in one siginfo_t, whose `si_pid` stays 0 if no child has ended.
+    let (result, pid) =
+        unsafe { (libc::waitid(libc::P_ALL, 0, &mut info, options), info.si_pid()) };
+    (result == 0 && pid != 0).then_some(pid)
+}
+
+/// Takes note of the end of a child that has ended.
+pub(crate) fn reap(pid: libc::pid_t) {
+    // SAFETY: no status is asked for.
+    unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::WNOHANG) };
+}
+
 /// The wait status of a process that is not our child, from its pidfd: `None` until its parent has
 /// reaped it, an error before Linux 6.15.
 pub(crate) fn end_of_stranger(pidfd: BorrowedFd<'_>) -> io::Result<Option<i32>> {

@@ -1,10 +1,10 @@
 //! The io_uring of one lane, and the requests that the kernel works on through it.
 //!
 //! Set up, measured with `examples/file_engine.rs` on Linux 6.18 (see [`TaskRun`]):
-//! - `SINGLE_ISSUER | DEFER_TASKRUN | TASKRUN_FLAG`: completions are processed when this thread
-//!   reaps, so a batch costs one system call and none interrupts the shard's other work or its
-//!   `epoll_wait` (`EINTR`); the kernel's flag word says without a system call whether there is
-//!   anything to reap.
+//! - `COOP_TASKRUN | TASKRUN_FLAG`: completions are processed when this thread enters the kernel, a
+//!   batch costs one system call, and the kernel's flag word says without one whether there is
+//!   anything to reap. `DEFER_TASKRUN` would write 5 % faster at depth 32; `docs/decisions/0009`
+//!   says what it costs when this process dies.
 //! - The lane's eventfd is registered and watched in place of the ring's own descriptor, which the
 //!   kernel does not wake for deferred work (seen on 6.18: a `poll` of it sleeps on). It is enabled
 //!   only while the shard sleeps, so that a busy shard costs the kernel no signals.

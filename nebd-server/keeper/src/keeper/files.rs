@@ -5,7 +5,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::FlockOperation;
@@ -108,7 +108,22 @@ pub(crate) fn write_children(state_dir: &Path, records: &[Record]) -> Result<(),
         let role = if record.role == Role::Serving { "serving" } else { "other" };
         text.push_str(&format!("{role} {} {}\n", record.pid, record.start));
     }
-    write(state_dir, CHILDREN, &text)
+    let path = state_dir.join(CHILDREN);
+    overwrite(&path, text).map_err(KeeperError::file("write", &path))
+}
+
+/// Writes a small file in place, in one call that a death does not split. A rename would have to
+/// wait for the file that it replaces to leave the disk, and a standby waits for us.
+fn overwrite(path: &Path, mut text: String) -> io::Result<()> {
+    // The end of longer contents is overwritten, too.
+    text.push_str(&"\n".repeat(text.len().next_multiple_of(1024) - text.len()));
+    let file =
+        OpenOptions::new().write(true).create(true).truncate(false).mode(0o644).open(path)?;
+    file.write_all_at(text.as_bytes(), 0)?;
+    if file.metadata()?.len() > text.len() as u64 {
+        file.set_len(text.len() as u64)?;
+    }
+    Ok(())
 }
 
 /// The children of the keeper before, if it ran since this boot.

@@ -42,6 +42,15 @@ fn raise_descriptor_limit() -> usize {
     (total.saturating_sub(FDS_RESERVED) / 2) as usize
 }
 
+/// What a server leaves behind comes to us: its holder of memory ends after it, and nobody else may
+/// be there to take note of it.
+fn adopt_orphans() {
+    let this = rustix::process::getpid();
+    if let Err(error) = rustix::process::set_child_subreaper(Some(this)) {
+        tracing::warn!(%error, "children of dead servers are left to init");
+    }
+}
+
 /// What is passed on from image to image, or from keeper to keeper.
 struct Held {
     sockets: Sockets,
@@ -94,6 +103,7 @@ impl Supervisor {
         let program = config.server_argv.first().cloned().unwrap_or_default();
         find_program(&program)?;
         sys::default_sigchld();
+        adopt_orphans();
         let count_max = raise_descriptor_limit();
         let events = Events::new()?;
         let mut supervisor = match image::read()? {

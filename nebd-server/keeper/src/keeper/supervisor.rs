@@ -25,6 +25,7 @@ use super::store::Store;
 use super::stream::Stream;
 use super::watch::{Verdict, Watch};
 use crate::notify::Notifier;
+use crate::sys;
 
 /// After so many datagrams other events have their turn; the rest is told again.
 const DATAGRAMS_PER_EVENT: usize = 256;
@@ -200,13 +201,27 @@ impl Supervisor {
     fn on_signals(&mut self, now: Instant) {
         for signal in self.events.signals() {
             match signal {
-                libc::SIGCHLD => self.on_stop_reports(now),
+                libc::SIGCHLD => {
+                    self.on_stop_reports(now);
+                    self.reap_orphans();
+                }
                 libc::SIGHUP if self.stopping.is_none() => {
                     self.replace_by = Some(now + self.config.hang_timeout);
                 }
                 libc::SIGHUP => {}
                 _ => self.on_stop_request(now),
             }
+        }
+    }
+
+    /// Takes note of the end of processes that dead servers left behind.
+    fn reap_orphans(&self) {
+        while let Some(pid) = sys::ended_child() {
+            if self.processes().any(|p| p.pid == pid) {
+                // Its own event is on the way; after it, we are here again.
+                return;
+            }
+            sys::reap(pid);
         }
     }
 
@@ -391,6 +406,7 @@ impl Supervisor {
         if self.stopping.is_none() {
             self.write_children();
         }
+        self.reap_orphans();
     }
 
     fn on_server_end(&mut self, server: Server, end: End, now: Instant) {
