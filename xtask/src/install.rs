@@ -5,7 +5,9 @@
 //!                                                ├─ ar ──────────► lib/libnebd.a
 //!                                                └─ cc -shared, version script
 //!                                                   └────────────► lib/libnebd.so.0 ◄─ libnebd.so
+//!                                       lib/libnebdclient.so, lib/nebd/libnebdclient.so ◄┘
 //!  nebd.h ───────────────────────────────────────────────────────► include/nebd.h
+//!  libnebd.h ─────────────► include/nebd/libnebd.h, and a link include/libnebd.h
 //!  nebd.pc.in + what rustc says it needs ────────────────────────► lib/pkgconfig/nebd.pc
 //!  nebd-server, nebdctl ──► bin/, man pages and completions by nebdctl itself
 //! ```
@@ -14,6 +16,9 @@
 //! versions and cannot be combined with one that has. rustc's archive exports all of Rust's
 //! standard library and carries its bitcode: two such archives do not link into one program, and
 //! it is 25 times the size.
+//!
+//! Programs written for Curve include `<nebd/libnebd.h>` and link with `libnebdclient`, which its
+//! package keeps in a directory of its own, `lib/nebd`.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -26,8 +31,10 @@ use clap::Args;
 
 use crate::cargo::{self, Profile, cargo};
 
-/// The version node of every symbol of this release's interface.
-const VERSION_NODE: &str = "NEBD_0.1";
+/// The headers, and the version node of the functions that each declares.
+const INTERFACES: [(&str, &str); 2] = [("nebd.h", "NEBD_0.1"), ("libnebd.h", "NEBD_CURVE_1.0")];
+/// The library's name in Curve.
+const CURVE_LIBRARY: &str = "libnebdclient.so";
 const SONAME: &str = "libnebd.so.0";
 /// What the shared library may need at run time.
 const NEEDED_ALLOWED: [&str; 3] = ["libc.so", "ld-linux", "libgcc_s.so"];
@@ -77,7 +84,7 @@ pub fn run(args: &InstallArgs) -> Result<Installed> {
 
 fn install_library(args: &InstallArgs, root: &Path, prefix: &Path) -> Result<Installed> {
     let capi = crate::repo_root().join("nebd-client/capi");
-    let header = crate::repo_root().join("nebd-client/include/nebd.h");
+    let interfaces = Interface::read_all()?;
     let built = cargo::build(
         cargo()
             .args(["rustc", "-p", "nebd-capi", "--lib", "--crate-type", "staticlib"])
@@ -88,16 +95,18 @@ fn install_library(args: &InstallArgs, root: &Path, prefix: &Path) -> Result<Ins
     let lib_dir = root.join("lib");
     let pkgconfig_dir = lib_dir.join("pkgconfig");
 
-    let header_text = fs::read_to_string(&header).context("nebd.h")?;
     let object = archive.with_file_name("libnebd.o");
-    combine(&archive, &functions_in_header(&header_text), args.keep_debug, &object)?;
+    combine(&archive, &interfaces, args.keep_debug, &object)?;
     let static_library = archive.with_file_name("libnebd.installed.a");
     let _ = fs::remove_file(&static_library);
     cargo::output(Command::new("ar").arg("rcs").args([&static_library, &object]))?;
     let shared = archive.with_file_name(SONAME);
     link_shared(&object, &capi.join("nebd.map"), &shared)?;
 
-    place(&header, &root.join("include/nebd.h"), 0o644)?;
+    let include = root.join("include");
+    write(&include.join("nebd.h"), interfaces[0].text.as_bytes(), 0o644)?;
+    write(&include.join("nebd/libnebd.h"), interfaces[1].text.as_bytes(), 0o644)?;
+    replace_link("nebd/libnebd.h", &include.join("libnebd.h"))?;
     place(&static_library, &lib_dir.join("libnebd.a"), 0o644)?;
     if !args.keep_debug {
         cargo::output(Command::new("strip").arg("--strip-unneeded").arg(&shared))?;
@@ -105,6 +114,13 @@ fn install_library(args: &InstallArgs, root: &Path, prefix: &Path) -> Result<Ins
     let installed = lib_dir.join(SONAME);
     place(&shared, &installed, 0o755)?;
     replace_link(SONAME, &lib_dir.join("libnebd.so"))?;
+    replace_link(SONAME, &lib_dir.join(CURVE_LIBRARY))?;
+    let curve_dir = lib_dir.join("nebd");
+    fs::create_dir_all(&curve_dir)?;
+    // The second for the loader, which looks for the soname where a program's run path leads.
+    for name in [CURVE_LIBRARY, SONAME] {
+        replace_link(&format!("../{SONAME}"), &curve_dir.join(name))?;
+    }
 
     let template = fs::read_to_string(capi.join("nebd.pc.in")).context("nebd.pc.in")?;
     let text = template
@@ -113,25 +129,53 @@ fn install_library(args: &InstallArgs, root: &Path, prefix: &Path) -> Result<Ins
         .replace("@LIBS_PRIVATE@", &built.native_static_libs()?);
     write(&pkgconfig_dir.join("nebd.pc"), text.as_bytes(), 0o644)?;
 
-    let functions = check_shared(&installed, &header_text)?;
+    check_shared(&installed, &interfaces)?;
     for (file, what) in [(installed, SONAME), (lib_dir.join("libnebd.a"), "libnebd.a")] {
         let state = if args.keep_debug { "with debug info" } else { "stripped" };
         println!("{what}: {} KiB, {state}", fs::metadata(&file)?.len() / 1024);
     }
-    println!("{SONAME}: {functions} functions at {VERSION_NODE}");
+    for interface in &interfaces {
+        println!("{SONAME}: {} functions at {}", interface.functions.len(), interface.version_node);
+    }
     Ok(Installed { pkgconfig_dir, lib_dir, bin_dir: None })
+}
+
+/// A header, and what it declares.
+struct Interface {
+    version_node: &'static str,
+    text: String,
+    functions: BTreeSet<String>,
+}
+
+impl Interface {
+    fn read_all() -> Result<[Interface; 2]> {
+        let read = |(header, version_node)| {
+            let path = crate::repo_root().join("nebd-client/include").join(header);
+            let text = fs::read_to_string(path).context(header)?;
+            let functions = functions_in_header(&text);
+            anyhow::Ok(Interface { version_node, text, functions })
+        };
+        Ok([read(INTERFACES[0])?, read(INTERFACES[1])?])
+    }
+
+    /// As the dynamic symbol table has them. The version node is a symbol itself.
+    fn symbols(&self) -> impl Iterator<Item = String> + '_ {
+        let node = self.version_node;
+        let names = self.functions.iter().map(String::as_str).chain([node]);
+        names.map(move |name| format!("{name}@@{node}"))
+    }
 }
 
 /// One object of all that the functions need, with their symbols alone.
 fn combine(
     archive: &Path,
-    functions: &BTreeSet<String>,
+    interfaces: &[Interface],
     keep_debug: bool,
     object: &Path,
 ) -> Result<()> {
     let mut ld = Command::new("ld");
     ld.args(["-r", "--gc-sections", "-o"]).arg(object);
-    for function in functions {
+    for function in interfaces.iter().flat_map(|interface| &interface.functions) {
         ld.args(["-u", function]);
     }
     cargo::output(ld.arg("--whole-archive").arg(archive))?;
@@ -158,25 +202,21 @@ fn link_shared(object: &Path, version_script: &Path, shared: &Path) -> Result<()
     cargo::output(&mut cc).map(|_| ())
 }
 
-/// Fails unless the library exports exactly the header's functions, versioned, and needs libc only.
-fn check_shared(shared: &Path, header: &str) -> Result<usize> {
+/// Fails unless the library exports exactly the headers' functions, versioned, and needs libc only.
+fn check_shared(shared: &Path, interfaces: &[Interface]) -> Result<()> {
     let symbols = cargo::output(Command::new("readelf").args(["-W", "--dyn-syms"]).arg(shared))?;
     let exported = exported_symbols(&symbols);
-    let expected: BTreeSet<String> = functions_in_header(header)
-        .into_iter()
-        .map(|name| format!("{name}@@{VERSION_NODE}"))
-        // The version node is a symbol itself.
-        .chain([format!("{VERSION_NODE}@@{VERSION_NODE}")])
-        .collect();
-    // binutils 2.35 and later print the node without a version.
+    let expected: BTreeSet<String> = interfaces.iter().flat_map(Interface::symbols).collect();
+    // binutils 2.35 and later print the nodes without a version.
+    let is_node = |name: &str| INTERFACES.iter().any(|(_, node)| *node == name);
     let exported: BTreeSet<String> = exported
         .into_iter()
-        .map(|name| if name == VERSION_NODE { format!("{name}@@{name}") } else { name })
+        .map(|name| if is_node(&name) { format!("{name}@@{name}") } else { name })
         .collect();
     let missing: Vec<&String> = expected.difference(&exported).collect();
     let extra: Vec<&String> = exported.difference(&expected).collect();
-    ensure!(missing.is_empty(), "{SONAME} does not export what nebd.h declares: {missing:?}");
-    ensure!(extra.is_empty(), "{SONAME} exports what nebd.h does not declare: {extra:?}");
+    ensure!(missing.is_empty(), "{SONAME} does not export what is declared: {missing:?}");
+    ensure!(extra.is_empty(), "{SONAME} exports what no header declares: {extra:?}");
 
     let dynamic = cargo::output(Command::new("readelf").args(["-W", "-d"]).arg(shared))?;
     for needed in bracketed(&dynamic, "(NEEDED)") {
@@ -186,7 +226,7 @@ fn check_shared(shared: &Path, header: &str) -> Result<usize> {
         }
     }
     ensure!(bracketed(&dynamic, "(SONAME)").eq([SONAME]), "{SONAME} has another soname");
-    Ok(expected.len() - 1)
+    Ok(())
 }
 
 fn exported_symbols(readelf: &str) -> BTreeSet<String> {
@@ -272,7 +312,9 @@ fn write(to: &Path, content: &[u8], mode: u32) -> Result<()> {
 }
 
 fn replace_link(target: &str, link: &Path) -> Result<()> {
-    let unfinished = link.with_extension("so.new");
+    let mut unfinished = link.as_os_str().to_owned();
+    unfinished.push(".new");
+    let unfinished = PathBuf::from(unfinished);
     let _ = fs::remove_file(&unfinished);
     symlink(target, &unfinished).with_context(|| unfinished.display().to_string())?;
     fs::rename(&unfinished, link).with_context(|| link.display().to_string())

@@ -10,8 +10,10 @@
 //!                           nebd_client::Session
 //! ```
 //!
+//! `curve` is the same for programs written for Curve (`libnebd.h`), beside it and in the same library.
 //! `raw` holds what the exported functions need to turn C's values into Rust's and back.
 
+pub mod curve;
 pub mod exports;
 pub mod exports_io;
 mod failure;

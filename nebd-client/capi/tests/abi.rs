@@ -33,7 +33,10 @@ fn without_comments(header: &str) -> String {
 #[test]
 fn header_version_script_and_library_have_the_same_functions() {
     let declared = names(&without_comments(&file("../include/nebd.h")), '(');
-    assert_eq!(declared, names(&file("nebd.map"), ';'));
+    // What Curve's programs link with has a header, a version and a test of its own.
+    let mut versioned = names(&file("nebd.map"), ';');
+    versioned.retain(|name| !name.starts_with("nebd_lib_"));
+    assert_eq!(declared, versioned);
     let sources = file("src/exports.rs") + &file("src/exports_io.rs");
     // A macro writes some setters; its lines have the same shape.
     assert_eq!(declared, names(&sources, '(').intersection(&declared).cloned().collect());
