@@ -29,7 +29,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 
-pub use error::{AdminError, ERRNO_METADATA};
+pub use error::AdminError;
 
 /// Calls that run at a time; more wait their turn.
 pub const CALLS_RUNNING_MAX: usize = 4;

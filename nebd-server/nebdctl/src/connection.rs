@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use hyper_util::rt::TokioIo;
+use nebd_rpc::ERRNO_METADATA;
 use nebd_rpc::admin::admin_client::AdminClient;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
@@ -16,8 +17,6 @@ use tonic::{Code, Response, Status};
 
 use crate::failure::Failure;
 
-/// Metadata key of the errno beside a gRPC code.
-const ERRNO_METADATA: &str = "nebd-errno";
 /// Pause between two tries; the server comes back within milliseconds.
 const RETRY: Duration = Duration::from_millis(20);
 

@@ -4,10 +4,8 @@
 use nebd_abi::name::VolumeNameError;
 use nebd_abi::{Errno, VolumeName};
 use nebd_backend::BackendError;
+use nebd_rpc::ERRNO_METADATA;
 use tonic::{Code, Status};
-
-/// Metadata key of the errno (a positive decimal number) beside the gRPC code.
-pub const ERRNO_METADATA: &str = "nebd-errno";
 
 /// Why an admin call failed. Each message tells what happened, to which volume, and what to do.
 #[derive(Debug, thiserror::Error)]

@@ -4,6 +4,7 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Mutex;
 
+use nebd_rpc::ERRNO_METADATA;
 use nebd_rpc::admin::admin_client::AdminClient;
 use nebd_rpc::admin::{GetStatusRequest, ListVolumesRequest};
 use tonic::Code;

@@ -5,6 +5,9 @@
 
 pub mod frame;
 
+/// Metadata key of the errno (a positive decimal number) beside the gRPC code of a failed call.
+pub const ERRNO_METADATA: &str = "nebd-errno";
+
 /// The admin API, generated from `proto/admin.proto`.
 #[allow(missing_docs, clippy::all)]
 pub mod admin {
