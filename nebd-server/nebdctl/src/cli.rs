@@ -91,6 +91,21 @@ pub enum VolumeCommand {
     ///
     /// An image that nebd made is removed; a file or device given with --path stays.
     Delete(NamedArgs),
+    /// Fill a volume with a disk image
+    ///
+    /// Makes the volume if it does not exist, as large as the image (its end filled up with zeros to
+    /// a whole block). A volume that holds anything but zeros is refused without --overwrite. Holes
+    /// stay holes. The volume is read back and compared with what was read of the image. If the
+    /// import fails or is interrupted, a volume that it made is deleted.
+    #[command(after_help = EXIT_CODES)]
+    Import(ImportArgs),
+    /// Write a volume to a disk image
+    ///
+    /// The file appears, with mode 0600, once it is complete, durable and verified; an error or Ctrl-C
+    /// leaves nothing. Zeros become holes. Exported to standard output nothing is verified, and what
+    /// is told goes to standard error.
+    #[command(after_help = EXIT_CODES)]
+    Export(ExportArgs),
     /// Serve a parked volume again, and give its suspect request another chance
     Unpark(NamedArgs),
     /// Serve a parked volume again, and answer its suspect request with EIO
@@ -146,6 +161,92 @@ pub struct ResizeArgs {
     /// Allow a smaller size; what lies beyond is lost
     #[arg(long)]
     pub shrink: bool,
+    /// How to print
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// Format of an image that is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SourceFormat {
+    /// qcow2 if it begins as one, else raw
+    Auto,
+    /// The bytes of the disk
+    Raw,
+    /// QEMU's format; needs qemu-img
+    Qcow2,
+}
+
+/// Format of an image that is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TargetFormat {
+    /// The bytes of the disk, zeros as holes
+    Raw,
+    /// QEMU's format; needs qemu-img
+    Qcow2,
+}
+
+/// An image to be read into a volume.
+#[derive(Debug, Args)]
+pub struct ImportArgs {
+    /// The image, a file or block device; - is standard input
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// The volume, BACKEND:NAME
+    #[arg(value_name = "VOLUME")]
+    pub name: VolumeName,
+    /// Format of the image; name it if you do not trust where the image comes from
+    #[arg(long, value_enum, default_value = "auto")]
+    pub format: SourceFormat,
+    /// Size of a volume that is made, such as 10G [default: that of the image]
+    #[arg(long, value_name = "SIZE")]
+    pub size: Option<Size>,
+    /// Block size of a volume that is made, 512 or 4096
+    #[arg(long, value_name = "BYTES", default_value = "4096", value_parser = block_size)]
+    pub block_size: u32,
+    /// Who owns a volume that is made, in numbers [default: you]
+    #[arg(long, value_name = "UID:GID")]
+    pub owner: Option<Owner>,
+    /// Who may attach a volume that is made: r to read, w to write [default: 0600]
+    #[arg(long, value_name = "OCTAL")]
+    pub mode: Option<Mode>,
+    /// Replace what an existing volume holds, all of it: beyond the image it is zeros
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Do not read the volume back
+    #[arg(long)]
+    pub no_verify: bool,
+    /// Requests of 1 MiB in flight
+    #[arg(long, value_name = "N", default_value_t = 16,
+          value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub iodepth: u32,
+    /// How to print
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// A volume to be written to an image.
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// The volume, BACKEND:NAME
+    #[arg(value_name = "VOLUME")]
+    pub name: VolumeName,
+    /// The image; - is standard output
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Format of the image
+    #[arg(long, value_enum, default_value = "raw")]
+    pub format: TargetFormat,
+    /// Replace the file if it exists
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Do not read the file back
+    #[arg(long)]
+    pub no_verify: bool,
+    /// Requests of 1 MiB in flight
+    #[arg(long, value_name = "N", default_value_t = 16,
+          value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub iodepth: u32,
     /// How to print
     #[command(flatten)]
     pub output: OutputArgs,
@@ -277,6 +378,9 @@ mod tests {
             "nebdctl volume create file:x --path /dev/vdb --owner 1:2 --mode 0660 --block-size 512",
             "nebdctl volume resize file:x --size 1G --shrink --json --socket /tmp/s",
             "nebdctl volume abort file:x",
+            "nebdctl volume import - file:x --size 1G --format raw --overwrite --no-verify --json",
+            "nebdctl volume import --block-size 512 --mode 0640 --owner 1:2 disk.qcow2 file:x",
+            "nebdctl volume export file:x - --format qcow2 --overwrite --iodepth 4 --json",
             "nebdctl status --json",
             "nebdctl bench --volume null:a --op randwrite --block-size 4k --iodepth 8 --queues 2 \
              --seconds 1 --verify --poll --json",

@@ -11,7 +11,7 @@
 mod disk;
 mod image;
 mod load;
-mod process;
+pub mod process;
 mod stage;
 
 use std::fmt::Write as _;

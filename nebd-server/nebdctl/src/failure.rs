@@ -10,7 +10,7 @@ Exit codes:
   1    the operation failed: the server refused it, or something it needs failed
   2    the command line is wrong
   3    the server cannot be reached
-  4    bench or demo found errors, mismatches or damage
+  4    bench, demo, import or export found errors, mismatches or damage
   130  interrupted (Ctrl-C)";
 
 /// Why a command ends badly.

@@ -5,6 +5,7 @@ mod cli;
 mod connection;
 mod demo;
 mod failure;
+mod image;
 mod manual;
 mod status;
 mod table;
@@ -55,7 +56,7 @@ fn run(cli: Cli) -> Result<String, Failure> {
             .context("cannot start the admin client")
     };
     match cli.command {
-        Command::Volume(command) => volume::run(&connect()?, command),
+        Command::Volume(command) => volume::run(&cli.socket, &connect()?, command),
         Command::Status(output) => status::run(&connect()?, output),
         Command::Bench(args) => bench::run(&cli.socket, connect()?, &args),
         Command::Demo(args) => demo::run(&args),

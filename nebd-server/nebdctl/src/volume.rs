@@ -1,6 +1,7 @@
 //! `nebdctl volume …`
 
 use std::fmt::Write as _;
+use std::path::Path;
 
 use anyhow::Context as _;
 use nebd_rpc::admin::{
@@ -12,13 +13,20 @@ use serde::Serialize;
 use crate::cli::{CreateArgs, OutputArgs, VolumeCommand};
 use crate::connection::{Connection, operation_id};
 use crate::failure::Failure;
+use crate::image;
 use crate::table::Table;
 use crate::units::{Mode, Size};
 use crate::view;
 
 /// Does it, and returns what to print.
-pub fn run(connection: &Connection, command: VolumeCommand) -> Result<String, Failure> {
+pub fn run(
+    socket: &Path,
+    connection: &Connection,
+    command: VolumeCommand,
+) -> Result<String, Failure> {
     match command {
+        VolumeCommand::Import(args) => image::import::run(socket, connection, &args),
+        VolumeCommand::Export(args) => image::export::run(socket, connection, &args),
         VolumeCommand::Create(args) => create(connection, args),
         VolumeCommand::List(output) => {
             let reply = connection
@@ -27,34 +35,17 @@ pub fn run(connection: &Connection, command: VolumeCommand) -> Result<String, Fa
         }
         VolumeCommand::Info(args) => {
             let request = GetVolumeRequest { name: args.name.to_string() };
-            let volume = connection.call(|mut c| {
-                let request = request.clone();
-                async move { c.get_volume(request).await }
-            })?;
+            let volume = ask(connection, &request)?;
             print(&volume, info(&volume), args.output)
         }
         VolumeCommand::Resize(args) => {
-            let request = ResizeVolumeRequest {
-                operation_id: new_operation()?.into(),
-                name: args.name.to_string(),
-                size_bytes: args.size.0,
-                shrink: args.shrink,
-            };
-            let volume = connection.call(|mut c| {
-                let request = request.clone();
-                async move { c.resize_volume(request).await }
-            })?;
+            let volume = resize(connection, args.name.as_str(), args.size.0, args.shrink)?;
             let text = format!("{} is {} now\n", volume.name, Size(volume.size_bytes));
             print(&volume, text, args.output)
         }
         VolumeCommand::Delete(args) => {
-            let name = args.name.to_string();
-            let request = DeleteVolumeRequest { operation_id: new_operation()?.into(), name };
-            connection.call(|mut c| {
-                let request = request.clone();
-                async move { c.delete_volume(request).await }
-            })?;
-            deleted(&request.name, args.output)
+            delete(connection, args.name.as_str())?;
+            deleted(args.name.as_str(), args.output)
         }
         VolumeCommand::Unpark(args) => {
             let request = UnparkVolumeRequest { name: args.name.to_string() };
@@ -79,13 +70,55 @@ pub fn run(connection: &Connection, command: VolumeCommand) -> Result<String, Fa
 }
 
 fn create(connection: &Connection, args: CreateArgs) -> Result<String, Failure> {
-    let request = creation(&args)?;
-    let volume = connection.call(|mut c| {
-        let request = request.clone();
-        async move { c.create_volume(request).await }
-    })?;
+    let volume = make(connection, &creation(&args)?)?;
     let size = Size(volume.size_bytes);
     print(&volume, format!("{} created, {size}\n", volume.name), args.output)
+}
+
+/// Makes a volume.
+pub fn make(connection: &Connection, request: &CreateVolumeRequest) -> Result<Volume, Failure> {
+    connection.call(|mut c| {
+        let request = request.clone();
+        async move { c.create_volume(request).await }
+    })
+}
+
+/// What the server knows of the volume.
+pub fn ask(connection: &Connection, request: &GetVolumeRequest) -> Result<Volume, Failure> {
+    connection.call(|mut c| {
+        let request = request.clone();
+        async move { c.get_volume(request).await }
+    })
+}
+
+/// Changes a size.
+pub fn resize(
+    connection: &Connection,
+    name: &str,
+    size_bytes: u64,
+    shrink: bool,
+) -> Result<Volume, Failure> {
+    let request = ResizeVolumeRequest {
+        operation_id: new_operation()?.into(),
+        name: name.to_owned(),
+        size_bytes,
+        shrink,
+    };
+    connection.call(|mut c| {
+        let request = request.clone();
+        async move { c.resize_volume(request).await }
+    })
+}
+
+/// Deletes a volume.
+pub fn delete(connection: &Connection, name: &str) -> Result<(), Failure> {
+    let operation_id = new_operation()?.into();
+    let request = DeleteVolumeRequest { operation_id, name: name.to_owned() };
+    connection.call(|mut c| {
+        let request = request.clone();
+        async move { c.delete_volume(request).await }
+    })?;
+    Ok(())
 }
 
 /// The request for these arguments; the server's working directory is another one, so a path is
@@ -113,7 +146,8 @@ pub fn creation(args: &CreateArgs) -> Result<CreateVolumeRequest, Failure> {
     })
 }
 
-fn new_operation() -> Result<Vec<u8>, Failure> {
+/// An id for an operation that is not idempotent.
+pub fn new_operation() -> Result<Vec<u8>, Failure> {
     Ok(operation_id().context("cannot draw an operation id from /dev/urandom")?)
 }
 
