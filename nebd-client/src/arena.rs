@@ -1,7 +1,8 @@
 //! Buffers in the arena: an allocator of whole pages, first fit, with the sizes that are in use
 //! kept at hand.
 
-use std::sync::{Arc, Mutex};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, Weak};
 
 use nebd_abi::Errno;
 use nebd_abi::layout::PAGE;
@@ -23,6 +24,8 @@ const RESERVE_PAGES_MAX: u32 = 256;
 pub(crate) struct Arena {
     region: Arc<Region>,
     pages: Mutex<Pages>,
+    /// What the host holds, by its first page: raw pointers into it keep it allocated.
+    buffers: Mutex<BTreeMap<u32, Weak<Allocation>>>,
     /// Pages that only requests in flight may take, so that caller memory can always be copied,
     /// however many buffers the host holds.
     reserve: u32,
@@ -33,7 +36,8 @@ impl Arena {
     pub(crate) fn new(region: Arc<Region>) -> Arena {
         let total = u32::try_from(region.geometry().arena_size / PAGE).unwrap_or(u32::MAX);
         let reserve = (total / 8).clamp(total.min(1), RESERVE_PAGES_MAX);
-        Arena { region, pages: Mutex::new(Pages::new(total)), reserve, total }
+        let pages = Mutex::new(Pages::new(total));
+        Arena { region, pages, buffers: Mutex::default(), reserve, total }
     }
 
     /// Bytes of the whole arena.
@@ -52,22 +56,34 @@ impl Arena {
         if length == 0 || u32::try_from(length).is_err() {
             return Err(Errno::INVAL);
         }
-        let allocation = self.take(length as u64, self.reserve).ok_or(errno::NOMEM)?;
+        let mut allocation = self.take(length as u64, self.reserve).ok_or(errno::NOMEM)?;
         let span = allocation.span(0, length as u64).ok_or(errno::NOMEM)?;
-        Ok(Buffer { allocation: Arc::new(allocation), span, length })
+        allocation.is_listed = true;
+        let allocation = Arc::new(allocation);
+        lock(&self.buffers).insert(allocation.first, Arc::downgrade(&allocation));
+        Ok(Buffer { allocation, span, length })
     }
 
     fn take(self: &Arc<Self>, length: u64, keep: u32) -> Option<Allocation> {
         let count = u32::try_from(length.div_ceil(PAGE)).ok()?;
         let first = lock(&self.pages).take(count, keep)?;
-        Some(Allocation { arena: Handle::new(self.clone()), first, count })
+        Some(Allocation { arena: Handle::new(self.clone()), first, count, is_listed: false })
     }
 
-    /// Where `pointer` lies in the arena, if `length` bytes from there do.
-    pub(crate) fn offset_of(&self, pointer: *const u8, length: usize) -> Option<u64> {
+    /// Where `pointer` lies in the arena, and in which buffer, if `length` bytes from there do.
+    pub(crate) fn lookup(
+        &self,
+        pointer: *const u8,
+        length: usize,
+    ) -> Option<(Arc<Allocation>, u64)> {
         let base = self.region.arena(0, self.size())?;
         let offset = (pointer as usize).checked_sub(base as usize)? as u64;
-        (offset.checked_add(length as u64)? <= self.size()).then_some(offset)
+        let end = offset.checked_add(length as u64).filter(|end| *end <= self.size())?;
+        let page = u32::try_from(offset / PAGE).ok()?;
+        // Not to be dropped under the lock, which its own drop takes.
+        let found = lock(&self.buffers).range(..=page).next_back()?.1.upgrade();
+        let is_inside = |one: &Arc<Allocation>| end <= one.offset() + u64::from(one.count) * PAGE;
+        Some((found.filter(is_inside)?, offset))
     }
 }
 
@@ -77,6 +93,8 @@ pub(crate) struct Allocation {
     arena: Handle<Arena>,
     first: u32,
     count: u32,
+    /// Whether it is a buffer of the host.
+    is_listed: bool,
 }
 
 impl Allocation {
@@ -98,9 +116,13 @@ impl Allocation {
 impl Drop for Allocation {
     fn drop(&mut self) {
         // In a forked child the lock may be held for ever, by a thread that is not there.
-        if !memory::is_forked_child() {
-            lock(&self.arena.pages).give(self.first, self.count);
+        if memory::is_forked_child() {
+            return;
         }
+        if self.is_listed {
+            lock(&self.arena.buffers).remove(&self.first);
+        }
+        lock(&self.arena.pages).give(self.first, self.count);
     }
 }
 

@@ -134,7 +134,7 @@ impl Core {
         let mut keeps = Vec::new();
         for iovec in iovecs.iter().filter(|iovec| iovec.length > 0) {
             let direct = self.reach(iovec).map(|(place, keep)| {
-                keeps.extend(keep);
+                keeps.push(keep);
                 place
             });
             if direct.is_none() && self.arena.size() == 0 {
@@ -144,19 +144,22 @@ impl Core {
             let span = unsafe { Span::of_caller(*iovec) };
             segments.push(Segment { direct, span: Some(span), length: iovec.length as u64 });
         }
-        let keep = if keeps.is_empty() { Keep::None } else { Keep::Many(keeps.into()) };
+        let keep = match keeps.len() {
+            0 | 1 => keeps.pop().unwrap_or_default(),
+            _ => Keep::Many(keeps.into()),
+        };
         let transfer =
             Transfer::new((op, flags, offset, length), segments, keep, self.deadline(), handler);
         Ok(self.prepared(transfer))
     }
 
-    /// Memory id and offset of caller memory that the server can reach.
-    fn reach(&self, iovec: &RawIovec) -> Option<((u32, u64), Option<Keep>)> {
-        // A buffer of the arena is the caller's to keep, like all the memory it passes.
-        if let Some(offset) = self.arena.offset_of(iovec.pointer, iovec.length) {
-            return Some(((0, offset), None));
+    /// Memory id and offset of caller memory that the server can reach, and what keeps it so: a
+    /// request that timed out is told, and the caller lets go, before the server does.
+    fn reach(&self, iovec: &RawIovec) -> Option<((u32, u64), Keep)> {
+        if let Some((allocation, offset)) = self.arena.lookup(iovec.pointer, iovec.length) {
+            return Some(((0, offset), Keep::Arena(allocation)));
         }
         let (lease, offset) = self.memories.lookup(iovec.pointer, iovec.length)?;
-        Some(((lease.id(), offset), Some(Keep::Memory(lease))))
+        Some(((lease.id(), offset), Keep::Memory(lease)))
     }
 }

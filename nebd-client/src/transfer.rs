@@ -20,6 +20,7 @@ use nebd_abi::ring::Buffer as RingBuffer;
 use nebd_abi::{Errno, Op, OpFlags};
 
 use crate::arena::{Allocation, Arena};
+use crate::error::errno;
 use crate::future::FutureState;
 use crate::memory::Span;
 use crate::registered::Lease;
@@ -245,6 +246,8 @@ impl Transfer {
                 0 => None,
                 bytes => match arena.bounce(bytes) {
                     Some(allocation) => Some(allocation),
+                    // It would wait for ever.
+                    None if arena.size() == 0 => return Err(errno::NOBUFS),
                     None if bytes <= BOUNCE_BYTES_MIN => return Ok(None),
                     None => {
                         // Below `bytes`, and never below a page.
