@@ -134,7 +134,7 @@ impl Core {
 
     /// No new request is taken from here on.
     pub(crate) fn refuse(&self, errno: Errno) {
-        let _ = self.refusal.compare_exchange(0, errno.0, SeqCst, SeqCst);
+        let _ = self.refusal.compare_exchange(0, errno.0.max(1), SeqCst, SeqCst);
     }
 
     /// The errno with which the session failed.
@@ -313,6 +313,12 @@ impl Core {
 
     /// Puts into the ring what waits in the backlog, as far as there is room.
     pub(crate) fn pump(&self, queue: &QueueCore, role: &mut Role<'_>) {
+        let finished = self.drain_backlog(queue);
+        self.tell_all(queue, finished, role);
+    }
+
+    /// The same, but for the telling of those that came to their end with that.
+    fn drain_backlog(&self, queue: &QueueCore) -> Vec<Finished> {
         let mut finished = Vec::new();
         let mut backlog = lock(&queue.backlog);
         while let Some(told) = backlog.front().and_then(|front| self.advance(queue, front)) {
@@ -320,8 +326,7 @@ impl Core {
             backlog.pop_front();
         }
         queue.backlogged.store(backlog.len() as u32, SeqCst);
-        drop(backlog);
-        self.tell_all(queue, finished, role);
+        finished
     }
 
     /// Rings the kick doorbell if the server sleeps, after requests were published.
@@ -337,34 +342,44 @@ impl Core {
     }
 
     /// Reaps a queue until it is empty and tells the results; returns how many there were.
+    ///
+    /// The host's code runs last: it may block on a lock whose holder is in a blocking call, and
+    /// that call's completion, or the slot that it waits for, may be in the same batch.
     pub(crate) fn reap(&self, queue: &QueueCore, role: &mut Role<'_>) -> usize {
         let mut count = 0;
         let mut spare = None;
         let new_epoch = |epoch: Epoch, now_ns: u64| self.meter.saw_epoch(self, epoch, now_ns);
         while let Some(mut batch) = queue.reap(spare.take(), role.sleeper(), new_epoch) {
             count += batch.len();
-            for (pending, result) in batch.drain(..) {
-                self.deliver(queue, pending, result, role);
+            batch.iter_mut().for_each(|one| self.settle(queue, one, role));
+            let finished = self.refill();
+            // A close waits for the last completion, whoever reaps it.
+            if self.is_closing.load(SeqCst) && !role.leads(queue) {
+                queue.wake_leader();
+            }
+            batch.drain(..).for_each(|one| self.tell_settled(queue, one, role));
+            for (other, finished) in finished {
+                self.tell_all(other, finished, role);
             }
             queue.delivering.fetch_sub(1, SeqCst);
             spare = Some(batch);
         }
-        if count == 0 {
-            return 0;
-        }
-        // Pairs with the fence in `issue`.
-        fence(SeqCst);
-        for other in &self.queues {
-            if other.backlogged.load(SeqCst) > 0 {
-                self.pump(other, role);
-                self.kicked(other);
-            }
-        }
-        // A close waits for the last completion, whoever reaps it.
-        if self.is_closing.load(SeqCst) && !role.leads(queue) && queue.led.load(SeqCst) {
-            queue.call_doorbell().ring();
-        }
         count
+    }
+
+    /// Gives the room that reaping has made to those who wait for it; returns who came to an end.
+    fn refill(&self) -> Vec<(&QueueCore, Vec<Finished>)> {
+        // Pairs with the fence in `wait_in_line`.
+        fence(SeqCst);
+        let mut told = Vec::new();
+        for queue in self.queues.iter().filter(|queue| queue.backlogged.load(SeqCst) > 0) {
+            let finished = self.drain_backlog(queue);
+            if !finished.is_empty() {
+                told.push((&**queue, finished));
+            }
+            self.kicked(queue);
+        }
+        told
     }
 
     /// Requests in the rings.

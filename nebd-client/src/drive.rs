@@ -64,20 +64,16 @@ impl Core {
             if is_done() || is_over(deadline) {
                 break;
             }
-            if queue.spin.until(|| queue.is_ringing()) {
+            if queue.spin.until(|| queue.is_ringing() || is_done() || is_over(deadline)) {
                 continue;
             }
             if queue.fall_asleep(Sleeper::Leader) {
-                queue.call_doorbell().wait(remaining(deadline));
+                queue.leader_wait(remaining(deadline));
             }
-            queue.call_doorbell().drain();
+            queue.leader_drain();
         }
         queue.awake(Sleeper::Leader);
         queue.led.store(false, SeqCst);
-        // What was put aside meanwhile, and the rings that were swallowed, are the host's.
-        if self.is_manual() && queue.stashed.load(SeqCst) > 0 {
-            queue.call_doorbell().ring();
-        }
         wake_follower(queue);
     }
 }

@@ -1,6 +1,7 @@
 //! A queue driven by the host: the fastest path.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
@@ -124,14 +125,24 @@ impl Queue {
             return 0;
         }
         let mut count = 0;
+        let mut panic = None;
         let mut counted = |user_data, result| {
+            if panic.is_some() {
+                // The host's panic is not to cost it what else has completed.
+                let stashed = Stashed::Host(user_data, result);
+                return self.core.stash(&self.queue, stashed, &Role::Other);
+            }
             count += 1;
-            completed(user_data, result);
+            let completed = AssertUnwindSafe(|| completed(user_data, result));
+            panic = std::panic::catch_unwind(completed).err();
         };
         self.reap_stash(&mut counted);
         self.core.reap(&self.queue, &mut Role::Host(&mut counted));
         // The reaping itself may have put something aside.
         self.reap_stash(&mut counted);
+        if let Some(panic) = panic {
+            std::panic::resume_unwind(panic);
+        }
         count
     }
 
@@ -165,30 +176,44 @@ impl Queue {
         let may_sleep = queue.fall_asleep(Sleeper::Host) && queue.stashed.load(SeqCst) == 0;
         if !may_sleep {
             queue.awake(Sleeper::Host);
+            // The ring that was drained may have been meant for a blocking call.
+            queue.wake_leader();
         }
         !may_sleep
     }
 
-    /// Waits until there is something to reap, or `timeout` is over (`None`: no limit), or the
-    /// session has failed: spins a little if that pays, then sleeps. True if there is something.
+    /// Waits until there is something to reap, or `timeout` is over (`None`: no limit), or nothing
+    /// will come any more (the session has failed, or was closed with nothing in flight): spins a little if that pays, then sleeps. True if there is something.
     pub fn wait(&self, timeout: Option<Duration>) -> bool {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        loop {
-            if memory::is_forked_child() {
-                return false;
-            }
-            let queue = &self.queue;
-            if queue.is_ready() || queue.spin.until(|| queue.is_ringing()) {
+        let queue = &self.queue;
+        let is_ended = || is_over(deadline) || self.is_at_its_end();
+        let has_news = || queue.stashed.load(SeqCst) > 0 || queue.is_ringing();
+        while !memory::is_forked_child() {
+            if queue.is_ready() {
                 return true;
             }
-            if is_over(deadline) || self.core.failure().is_some() {
+            if is_ended() {
                 return queue.is_ready();
             }
+            if queue.spin.until(|| has_news() || is_ended()) {
+                continue;
+            }
             if !self.arm() {
-                queue.call_doorbell().wait(remaining(deadline));
+                // Asked again: the ring that told of the end may be what `arm` has drained.
+                if !is_ended() {
+                    queue.call_doorbell().wait(remaining(deadline));
+                }
                 queue.awake(Sleeper::Host);
             }
         }
+        false
+    }
+
+    /// Whether nothing will come any more.
+    fn is_at_its_end(&self) -> bool {
+        self.core.failure().is_some()
+            || self.core.is_detaching.load(SeqCst) && self.queue.in_flight() == 0
     }
 
     /// An eventfd that becomes readable with completions once [`arm`](Self::arm) returned false.

@@ -9,13 +9,15 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::Thread;
+use std::time::Duration;
 
 use nebd_abi::region::Region;
 use nebd_abi::ring::{ClientReap, ClientSubmit, Submission};
 use nebd_abi::{Epoch, Errno};
 
-use crate::sync::{Doorbell, Spin, lock, now_ns};
-use crate::transfer::{Callback, Chunk, Keep, Transfer};
+use crate::options::{CompletionMode, Options};
+use crate::sync::{Doorbell, Listener, Spin, lock, now_ns};
+use crate::transfer::{Callback, Chunk, Handler, Keep, Transfer};
 
 /// What a slot's completion is for.
 pub(crate) enum Pending {
@@ -32,6 +34,8 @@ pub(crate) enum Pending {
     Chunk { transfer: Arc<Transfer>, chunk: Chunk },
     /// Timed out and told; the memory stays taken until the ring is done with it.
     Expired { _keep: Keep },
+    /// Reaped, its memory let go; what is left is to tell the host.
+    Told(Handler),
 }
 
 /// Somebody who sleeps until the server rings the call doorbell.
@@ -72,6 +76,12 @@ impl ReapSide {
     }
 }
 
+/// How a blocking call sleeps beside a host that drains the call doorbell.
+struct Beside {
+    listener: Listener,
+    bell: Doorbell,
+}
+
 /// One queue.
 pub(crate) struct QueueCore {
     submit: Mutex<ClientSubmit>,
@@ -80,6 +90,8 @@ pub(crate) struct QueueCore {
     pending: Box<[Mutex<Pending>]>,
     kick: Doorbell,
     call: Doorbell,
+    /// In a session whose host sleeps on the call doorbell as well.
+    beside: Option<Beside>,
     /// Requests ever submitted: written under `submit`, before the request is published.
     submitted: AtomicU64,
     /// Requests ever reaped: written under `reap`.
@@ -109,7 +121,11 @@ pub(crate) struct QueueCore {
 const BATCH_MAX: usize = 64;
 
 impl QueueCore {
-    pub(crate) fn new(region: &Arc<Region>, index: u32, spin: Spin) -> io::Result<QueueCore> {
+    pub(crate) fn new(
+        region: &Arc<Region>,
+        index: u32,
+        options: &Options,
+    ) -> io::Result<QueueCore> {
         let memory = region.queue(index).ok_or(io::ErrorKind::InvalidInput)?;
         let depth = region.geometry().queue_depth;
         let reap = ReapSide {
@@ -118,13 +134,22 @@ impl QueueCore {
             epoch: Epoch::default(),
             spare: Vec::new(),
         };
+        let call = Doorbell::new()?;
+        let beside = match options.completion {
+            CompletionMode::Threaded => None,
+            CompletionMode::Manual => {
+                let bell = Doorbell::new()?;
+                Some(Beside { listener: Listener::new([&call, &bell])?, bell })
+            }
+        };
         Ok(QueueCore {
             submit: Mutex::new(ClientSubmit::new(memory)),
             reap: Mutex::new(reap),
             free: FreeSlots::new(depth),
             pending: (0..depth).map(|_| Mutex::new(Pending::Free)).collect(),
             kick: Doorbell::new()?,
-            call: Doorbell::new()?,
+            call,
+            beside,
             submitted: AtomicU64::new(0),
             completed: AtomicU64::new(0),
             waiting_since_ns: AtomicU64::new(0),
@@ -136,7 +161,7 @@ impl QueueCore {
             stash: Mutex::new(VecDeque::new()),
             stashed: AtomicU32::new(0),
             delivering: AtomicU32::new(0),
-            spin,
+            spin: Spin::new(options.spin),
         })
     }
 
@@ -148,6 +173,29 @@ impl QueueCore {
     /// The doorbell that the server rings.
     pub(crate) fn call_doorbell(&self) -> &Doorbell {
         &self.call
+    }
+
+    /// Wakes the blocking call that leads, if there is one, to look again.
+    ///
+    /// Not by the call doorbell where the host drains that: the ring could be gone before the
+    /// sleeping thread has looked.
+    pub(crate) fn wake_leader(&self) {
+        if self.led.load(Ordering::SeqCst) {
+            self.beside.as_ref().map_or(&self.call, |beside| &beside.bell).ring();
+        }
+    }
+
+    /// The leader sleeps until somebody rings for it, at the longest for `timeout`.
+    pub(crate) fn leader_wait(&self, timeout: Option<Duration>) {
+        match &self.beside {
+            None => drop(self.call.wait(timeout)),
+            Some(beside) => beside.listener.wait(timeout),
+        }
+    }
+
+    /// The leader is about to look at everything; the host's rings stay.
+    pub(crate) fn leader_drain(&self) {
+        self.beside.as_ref().map_or(&self.call, |beside| &beside.bell).drain();
     }
 
     /// Whether every slot is taken.

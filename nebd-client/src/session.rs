@@ -25,7 +25,7 @@ use crate::poll::Queue;
 use crate::queue::QueueCore;
 use crate::registered::{Memories, Memory};
 use crate::runtime::Runtime;
-use crate::sync::{Promise, Spin};
+use crate::sync::Promise;
 use crate::transfer::{Callback, Handler, Transfer};
 
 /// An attached volume. Shared freely between threads (`Arc<Session>`).
@@ -79,8 +79,11 @@ impl Session {
         match (made, answer) {
             (Some(core), Some(Ok(()))) => Ok(Session { core: Handle::new(core) }),
             (Some(core), Some(Err(error))) => {
-                core.gone.wait(None);
-                core.runtime.join_if_retired();
+                // Unless some server has to be told first, when there is one.
+                if !core.is_detaching.load(SeqCst) {
+                    core.gone.wait(None);
+                    core.runtime.join_if_retired();
+                }
                 Err(error)
             }
             // `admit` made it, and `opened` was waited for without limit.
@@ -292,6 +295,8 @@ impl Session {
         core.refuse(errno::CLOSED);
         core.is_closing.store(true, SeqCst);
         if !core.is_detaching.swap(true, SeqCst) {
+            // Nothing will come any more for those who wait for something to reap.
+            core.queues.iter().for_each(|queue| queue.call_doorbell().ring());
             core.calls.push(Arc::new(Call::new(Message::Detach)));
             core.runtime.wake_control();
         }
@@ -369,7 +374,7 @@ fn make_parts(volume: VolumeName, options: Options) -> Result<Parts, OpenError> 
         })
         .map_err(|source| OpenError::Region { volume: volume.clone(), source })?;
     let queues = (0..geometry.queue_count)
-        .map(|index| QueueCore::new(&region, index, Spin::new(options.spin)).map(Arc::new))
+        .map(|index| QueueCore::new(&region, index, &options).map(Arc::new))
         .collect::<Result<_, _>>()
         .map_err(system("make an eventfd"))?;
     Ok(Parts { volume, id, options, region, queues })

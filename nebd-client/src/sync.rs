@@ -1,12 +1,13 @@
 //! Small things to wait with: locks that survive a panic, eventfds, a clock, a spin that adapts.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll};
 
 /// Locks; what a panicking thread left behind is used as it is (a host's callback may panic, and
 /// no lock of the library is held while one runs).
@@ -86,11 +87,35 @@ impl AsFd for Doorbell {
 
 /// Polls; false on timeout. A signal looks like readiness: every caller looks again anyway.
 pub(crate) fn poll(fds: &mut [PollFd<'_>], timeout: Option<Duration>) -> bool {
-    let timeout = timeout.and_then(|timeout| {
-        let tv_sec = i64::try_from(timeout.as_secs()).ok()?;
-        Some(Timespec { tv_sec, tv_nsec: timeout.subsec_nanos().into() })
-    });
-    !matches!(rustix::event::poll(fds, timeout.as_ref()), Ok(0))
+    !matches!(rustix::event::poll(fds, timespec(timeout).as_ref()), Ok(0))
+}
+
+fn timespec(timeout: Option<Duration>) -> Option<Timespec> {
+    let timeout = timeout?;
+    let tv_sec = i64::try_from(timeout.as_secs()).ok()?;
+    Some(Timespec { tv_sec, tv_nsec: timeout.subsec_nanos().into() })
+}
+
+/// Wakes with each ring of its doorbells and drains none: others may sleep on them, and drain them.
+#[derive(Debug)]
+pub(crate) struct Listener(OwnedFd);
+
+impl Listener {
+    pub(crate) fn new(doorbells: [&Doorbell; 2]) -> io::Result<Listener> {
+        let listener = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        for doorbell in doorbells {
+            let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+            epoll::add(&listener, doorbell, epoll::EventData::new_u64(0), flags)?;
+        }
+        Ok(Listener(listener))
+    }
+
+    /// Sleeps until the next ring, one that came since the last sleep, or the end of `timeout`.
+    pub(crate) fn wait(&self, timeout: Option<Duration>) {
+        let mut events = [MaybeUninit::<epoll::Event>::uninit(); 2];
+        // An error can only be EINTR; whoever waits looks again anyway.
+        let _ = epoll::wait(&self.0, &mut events, timespec(timeout).as_ref());
+    }
 }
 
 /// Nanoseconds of the monotonic clock; never zero.

@@ -62,17 +62,46 @@ impl Core {
         result: Result<(), Errno>,
         role: &mut Role<'_>,
     ) {
-        match pending {
-            Pending::Host { user_data, keep, .. } => {
-                drop(keep);
-                self.tell(queue, Finished { handler: Handler::Host(user_data), result }, role);
+        let mut one = (pending, result);
+        self.settle(queue, &mut one, role);
+        self.tell_settled(queue, one, role);
+    }
+
+    /// The first half: memory is let go, and threads that wait are told. What is left to tell, if
+    /// anything, may run the host's code and stays.
+    pub(crate) fn settle(
+        &self,
+        queue: &QueueCore,
+        (pending, result): &mut (Pending, Result<(), Errno>),
+        role: &mut Role<'_>,
+    ) {
+        let finished = match std::mem::replace(pending, Pending::Free) {
+            Pending::Host { user_data, .. } => {
+                Some(Finished { handler: Handler::Host(user_data), result: *result })
             }
-            Pending::Chunk { transfer, chunk } => {
-                let finished = transfer.chunk_done(&chunk, result);
-                drop(chunk);
-                self.tell_all(queue, finished, role);
+            Pending::Chunk { transfer, chunk } => transfer.chunk_done(&chunk, *result),
+            Pending::Expired { .. } | Pending::Free | Pending::Told(_) => None,
+        };
+        match finished {
+            Some(finished) if matches!(finished.handler, Handler::Wait(_)) => {
+                self.tell(queue, finished, role);
             }
-            Pending::Expired { .. } | Pending::Free => {}
+            Some(finished) => {
+                (*pending, *result) = (Pending::Told(finished.handler), finished.result);
+            }
+            None => {}
+        }
+    }
+
+    /// The second half.
+    pub(crate) fn tell_settled(
+        &self,
+        queue: &QueueCore,
+        (pending, result): (Pending, Result<(), Errno>),
+        role: &mut Role<'_>,
+    ) {
+        if let Pending::Told(handler) = pending {
+            self.tell(queue, Finished { handler, result }, role);
         }
     }
 
@@ -94,13 +123,17 @@ impl Core {
                 // Pairs with the swap of `led` in `drive`: either the leader sees its result, or it
                 // is seen here to lead.
                 fence(SeqCst);
-                if !role.leads(queue) && queue.led.load(SeqCst) {
-                    queue.call_doorbell().ring();
+                if !role.leads(queue) {
+                    queue.wake_leader();
                 }
             }
-            (Handler::Future(state), _) => {
-                // A waker is the host's code.
+            // A waker is the host's code, too.
+            (Handler::Future(state), Role::Complete | Role::Host(_)) => {
                 let _ = std::panic::catch_unwind(AssertUnwindSafe(|| state.complete(result)));
+            }
+            (Handler::Future(state), role) => {
+                let done = Box::new(move |result| state.complete(result));
+                self.defer(queue, done, result, role);
             }
             (Handler::Host(user_data), Role::Host(completed)) => completed(user_data, result),
             (Handler::Host(user_data), role) => {
@@ -132,13 +165,15 @@ impl Core {
         }
     }
 
-    fn stash(&self, queue: &QueueCore, stashed: Stashed, role: &Role<'_>) {
+    pub(crate) fn stash(&self, queue: &QueueCore, stashed: Stashed, role: &Role<'_>) {
         let mut stash = lock(&queue.stash);
+        let was_empty = stash.is_empty();
         stash.push_back(stashed);
         queue.stashed.store(stash.len() as u32, SeqCst);
         drop(stash);
-        // A leader rings when it leaves: until then it would only wake itself.
-        if !role.leads(queue) {
+        // A leader wakes itself with it, so once is enough for what it puts aside; but not later
+        // than now: its own request may take for ever.
+        if was_empty || !role.leads(queue) {
             queue.call_doorbell().ring();
         }
     }
@@ -180,6 +215,7 @@ impl Core {
             let finished = backlog.iter().filter_map(|transfer| transfer.abandon(errno));
             self.tell_all(queue, finished, &mut Role::Other);
             queue.call_doorbell().ring();
+            queue.wake_leader();
         }
     }
 
@@ -222,6 +258,10 @@ impl Core {
 
     /// Tells success of a request that had nothing to do.
     pub(crate) fn tell_success(&self, queue: &QueueCore, handler: Handler) {
+        if let Handler::Future(state) = handler {
+            // Nobody has the future yet, so there is no waker.
+            return state.complete(Ok(()));
+        }
         self.tell(queue, Finished { handler, result: Ok(()) }, &mut Role::Other);
     }
 

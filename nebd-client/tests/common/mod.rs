@@ -78,6 +78,17 @@ pub struct Host {
     resizes: Mutex<HashMap<[u8; 16], u64>>,
     /// The next resize is carried out, and the server dies before it answers.
     pub dies_in_resize: AtomicBool,
+    /// The next attach is carried out, and the server dies before it answers.
+    pub dies_in_attach: AtomicBool,
+    /// One resize is refused for now, the next are not answered.
+    pub stalls_in_resize: AtomicBool,
+    /// Every Hello is refused for good.
+    pub is_choosy: AtomicBool,
+    /// So is every memory.
+    pub refuses_memory: AtomicBool,
+    pub block_size: AtomicU32,
+    /// Flushes stay in the server.
+    pub holds_flushes: AtomicBool,
 }
 
 impl Host {
@@ -107,6 +118,12 @@ impl Host {
             fuas: AtomicU64::new(0),
             resizes: Mutex::default(),
             dies_in_resize: AtomicBool::new(false),
+            dies_in_attach: AtomicBool::new(false),
+            stalls_in_resize: AtomicBool::new(false),
+            is_choosy: AtomicBool::new(false),
+            refuses_memory: AtomicBool::new(false),
+            block_size: AtomicU32::new(BLOCK as u32),
+            holds_flushes: AtomicBool::new(false),
         })
     }
 
@@ -137,6 +154,14 @@ impl Host {
             }
         });
         Server { stop, thread: Some(thread), host: self.clone() }
+    }
+
+    /// Fills the call doorbells of stored sessions to the brim, as a server might before it dies.
+    pub fn flood(&self) {
+        for call in self.store.lock().unwrap().values().flat_map(|stored| &stored.calls) {
+            let _ = rustix::io::read(call, &mut [0; 8]);
+            ring(call, u64::MAX - 1);
+        }
     }
 
     pub fn logged(&self, what: &str) -> usize {
@@ -276,6 +301,13 @@ impl Body {
                 match socket::receive(&peer.socket) {
                     Ok(Some(packet)) => {
                         let (request, message) = Message::decode(&packet.bytes).unwrap();
+                        if matches!(message, Message::Resize { .. })
+                            && self.host.stalls_in_resize.load(SeqCst)
+                            && self.host.logged("resize") > 0
+                        {
+                            self.note("resize");
+                            continue;
+                        }
                         let Some(answer) = self.answer(&mut peer, message, packet.fds) else {
                             return false;
                         };
@@ -295,7 +327,7 @@ impl Body {
     fn info(&self) -> VolumeInfo {
         VolumeInfo {
             size: self.host.size.load(SeqCst),
-            block_size: BLOCK as u32,
+            block_size: self.host.block_size.load(SeqCst),
             read_only: false,
             can_discard: true,
             can_write_zeroes: true,
@@ -311,6 +343,9 @@ impl Body {
         Some(match message {
             Message::Hello { .. } => {
                 self.note("hello");
+                if self.host.is_choosy.load(SeqCst) {
+                    return Some(failed(Errno(93)));
+                }
                 let (generation, version) = (self.generation, "test".to_owned());
                 Message::Welcome { layout: 1, generation, features: 0, pid: 1, version }
             }
@@ -322,6 +357,9 @@ impl Body {
                 let fd = fds.into_iter().next().unwrap();
                 let mapped = Arc::new(SharedMemory::map(fd, u64::MAX).unwrap());
                 self.note(format!("register {memory}"));
+                if self.host.refuses_memory.load(SeqCst) {
+                    return Some(failed(Errno::INVAL));
+                }
                 peer.memories.insert(memory, mapped);
                 if let Some(session) = peer.session.and_then(|id| self.sessions.get_mut(&id)) {
                     session.stored.memories = peer.memories.clone();
@@ -350,10 +388,20 @@ impl Body {
                     let (calls, memories) = (fds.collect(), peer.memories.clone());
                     self.adopt(session, Stored { region, kicks, calls, memories });
                 }
+                if self.host.dies_in_attach.swap(false, SeqCst) {
+                    return None;
+                }
                 Message::Attached(self.info())
             }
             Message::Resize { operation, size } => {
                 self.note("resize");
+                if self.host.stalls_in_resize.load(SeqCst) {
+                    return Some(Message::Failed {
+                        errno: Errno(11),
+                        retry: true,
+                        text: "not now".into(),
+                    });
+                }
                 let mut done = self.host.resizes.lock().unwrap();
                 if done.insert(operation, size).is_none() {
                     self.note("resized");
@@ -397,7 +445,10 @@ impl Body {
                 }
                 let mut count = 0;
                 if mode != Mode::Hold as u32 {
-                    for request in waiting.drain(..) {
+                    let is_free = |request: &mut Request| {
+                        request.op != Ok(Op::Flush) || !host.holds_flushes.load(SeqCst)
+                    };
+                    for request in waiting.extract_if(.., is_free) {
                         let result = carry_out(&host, &session.stored, &request);
                         if mode != Mode::Swallow as u32 {
                             queue.publish(request.slot, request.seq, result);
@@ -406,7 +457,8 @@ impl Body {
                     }
                 }
                 if count > 0 && mode != Mode::Mute as u32 && queue.call_needed() {
-                    ring(&session.stored.calls[index], 1);
+                    // It may be full; see `flood`.
+                    let _ = rustix::io::write(&session.stored.calls[index], &1u64.to_ne_bytes());
                 }
                 is_busy |= count > 0 || !queue.sleep();
             }
