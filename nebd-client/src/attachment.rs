@@ -1,18 +1,20 @@
 //! One session's connection to whichever server there is. Owned by the control thread.
 //!
 //! ```text
-//!          connect, Hello          Welcome: RegisterMemory × n, Attach       Attached
-//!  Down ──────────────────► Greeting ─────────────────────────────► Attaching ──────► Up
-//!   ▲  ▲                       │ EOF, error, Failed (retry)            │               │
-//!   │  └── 1 ms, doubling ─────┴───────────────────────────────────────┘               │
-//!   └───────────────────────────── EOF, at once ───────────────────────────────────────┘
+//!          connect, Hello     Welcome: RegisterMemory × n    Done × n: Attach    Attached
+//!  Down ──────────────────► Greeting ─────────────► Greeting ──────────► Attaching ──► Up
+//!   ▲  ▲                       │ EOF, error, Failed (retry)                 │           │
+//!   │  └── 1 ms, doubling ─────┴────────────────────────────────────────────┘           │
+//!   └───────────────────────────── EOF, at once ────────────────────────────────────────┘
 //!  any ── Failed (no retry), Detached, answer to Detach ──► Over
 //! ```
 //!
-//! When a session is attached again, its memories are registered *before* it: a server resumes
-//! requests in flight with the attach, and they may refer to them. The messages go out together;
-//! the server answers in order. What was asked and not answered when a connection ends is asked
+//! When a session is attached again, its memories are registered *before* it, and the server has
+//! taken each: it resumes requests in flight with the attach, and fails those that refer to a
+//! memory which it does not have. What was asked and not answered when a connection ends is asked
 //! again on the next one, with the same operation id.
+
+mod opening;
 
 use std::collections::HashMap;
 use std::io;
@@ -24,7 +26,7 @@ use std::sync::atomic::fence;
 use std::time::{Duration, Instant};
 
 use nebd_abi::control::{AttachFlags, Event as ServerEvent, Message, VolumeInfo};
-use nebd_abi::layout::LayoutVersion;
+use nebd_abi::layout::{LayoutVersion, PAGE};
 use nebd_abi::{Errno, Generation, socket};
 
 use crate::calls::{Answer, Call};
@@ -46,6 +48,9 @@ const CALL_RETRY: Duration = Duration::from_millis(100);
 /// When a close looks again whether the last request is done.
 const CLOSE_RETRY: Duration = Duration::from_millis(20);
 
+/// The most messages that are taken at once.
+const MESSAGES_MAX: usize = 64;
+
 enum Link {
     /// No connection; tried again at this time.
     Down(Instant),
@@ -61,6 +66,17 @@ enum Question {
     Attach,
     Memory(Arc<Entry>),
     Call(Arc<Call>),
+}
+
+/// Whether a server knows the session.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Known {
+    /// None can.
+    No,
+    /// An attach was sent to a server that was lost before it answered.
+    Maybe,
+    /// It was attached.
+    Yes,
 }
 
 /// Why the server refused, while the session is being opened.
@@ -86,6 +102,7 @@ pub(crate) struct Attachment {
     request_last: u64,
     /// Of the server that attached the session last.
     generation: Generation,
+    known: Known,
     /// Of the server that is connected.
     offered: Generation,
     incarnation: u64,
@@ -108,6 +125,7 @@ impl Attachment {
             questions: HashMap::new(),
             request_last: 0,
             generation: Generation::default(),
+            known: Known::No,
             offered: Generation::default(),
             incarnation: 0,
             watch: Watch::new(options.stall_after, options.io_timeout),
@@ -141,7 +159,9 @@ impl Attachment {
         let link = match &self.link {
             Link::Down(at) => Some(*at),
             Link::Up(_) => self.core.calls.retry_at(),
-            _ => None,
+            Link::Greeting(_) | Link::Attaching(_) => None,
+            // Neither does the watch tick any more.
+            Link::Over => return None,
         };
         let opening = self.opened.as_ref().and(self.open_deadline);
         [link, opening, self.watch.next_at(), self.close_at].into_iter().flatten().min()
@@ -150,8 +170,7 @@ impl Attachment {
     /// Does what is due.
     pub(crate) fn turn(&mut self, now: Instant, knocks: &mut Vec<PathBuf>) {
         if self.opened.is_some() && self.open_deadline.is_some_and(|deadline| deadline <= now) {
-            let error = self.open_error();
-            self.refuse_open(error);
+            self.give_up_open();
         }
         if matches!(self.link, Link::Down(at) if at <= now)
             && let Err(error) = self.connect()
@@ -159,7 +178,9 @@ impl Attachment {
             self.lose(error, now);
         }
         self.look_after_close(now);
-        if matches!(self.link, Link::Up(_))
+        // One that nobody waits for any more is detached before it is attached.
+        let is_given_up = self.opened.is_none() && self.known != Known::Yes;
+        if (matches!(self.link, Link::Up(_)) || self.is_attaching() && is_given_up)
             && let Err(error) = self.ask_all(now)
         {
             self.lose(error, now);
@@ -170,9 +191,10 @@ impl Attachment {
         self.tick(now, knocks);
     }
 
-    /// Takes every message that has arrived.
+    /// Takes what has arrived; the rest of a flood when the other sessions have had their turn.
     pub(crate) fn receive(&mut self, now: Instant) {
-        while let Some(socket) = self.socket() {
+        for _ in 0..MESSAGES_MAX {
+            let Some(socket) = self.socket() else { return };
             let lost = match socket::receive(socket) {
                 Ok(Some(packet)) => match Message::decode(&packet.bytes) {
                     Ok((request, message)) => self.received(request, message, now).err(),
@@ -190,6 +212,10 @@ impl Attachment {
         }
     }
 
+    fn is_attaching(&self) -> bool {
+        matches!(self.link, Link::Attaching(_))
+    }
+
     fn connect(&mut self) -> io::Result<()> {
         let socket = connect(&self.core.options.socket)?;
         self.link_number += 1;
@@ -201,6 +227,10 @@ impl Attachment {
     fn lose(&mut self, error: io::Error, now: Instant) {
         let core = &self.core;
         core.is_connected.store(false, Relaxed);
+        let is_attach = |question: &Question| matches!(question, Question::Attach);
+        if self.known == Known::No && self.questions.values().any(is_attach) {
+            self.known = Known::Maybe;
+        }
         self.questions.clear();
         self.last_error = Some(error);
         // Not all at once when many sessions lose the same server.
@@ -231,6 +261,7 @@ impl Attachment {
                 continue;
             }
             call.asked_on.store(self.link_number, Relaxed);
+            *lock(&call.retry_at) = None;
             self.ask(&call.message, &[], Question::Call(call.clone()))?;
         }
         Ok(())
@@ -250,6 +281,12 @@ impl Attachment {
             self.told(event);
             return Ok(());
         }
+        if let Message::Attached(info) = &message
+            && !is_possible(info)
+        {
+            // Nothing could be cut to such blocks: not a server to go on with.
+            return Err(io::ErrorKind::InvalidData.into());
+        }
         match (self.questions.remove(&request), message) {
             (Some(Question::Hello), Message::Welcome { layout, generation, .. }) => {
                 self.welcomed(layout, generation)
@@ -261,7 +298,7 @@ impl Attachment {
             (Some(Question::Memory(entry)), Message::Done) => {
                 entry.taken();
                 entry.call.answered(Answer::Message(Message::Done));
-                Ok(())
+                self.attach_when_registered()
             }
             (Some(Question::Call(call)), Message::Failed { retry: true, .. }) => {
                 *lock(&call.retry_at) = Some(now + CALL_RETRY);
@@ -288,15 +325,23 @@ impl Attachment {
         }
         self.core.meter.saw_generation(&self.core, generation);
         self.offered = generation;
-        if self.opened.is_none() {
+        if self.known == Known::Yes {
             self.ask_memories()?;
+        }
+        self.attach_when_registered()
+    }
+
+    /// Asks for the attach once nothing else is to be answered before.
+    fn attach_when_registered(&mut self) -> io::Result<()> {
+        if !matches!(self.link, Link::Greeting(_)) || !self.questions.is_empty() {
+            return Ok(());
         }
         let core = self.core.clone();
         let mut flags = AttachFlags::default();
         let wanted = [
             (core.options.exclusive, AttachFlags::EXCLUSIVE),
             (core.options.read_only, AttachFlags::READ_ONLY),
-            (self.opened.is_none(), AttachFlags::REATTACH),
+            (self.known == Known::Yes, AttachFlags::REATTACH),
         ];
         for (_, flag) in wanted.into_iter().filter(|(is_wanted, _)| *is_wanted) {
             flags = flags | flag;
@@ -330,7 +375,7 @@ impl Attachment {
         let is_resized = core.learn(info);
         core.generation.store(self.offered.0, Relaxed);
         let opened = self.opened.take();
-        if opened.is_none() {
+        if std::mem::replace(&mut self.known, Known::Yes) == Known::Yes {
             core.reconnects.fetch_add(1, Relaxed);
             if generation != self.offered {
                 core.emit(Event::ServerChanged { generation: self.offered });
@@ -345,10 +390,12 @@ impl Attachment {
             opened.keep(Ok(()));
         }
         // The server that is gone may have swallowed a kick, or have died between publishing a
-        // completion and calling for it.
+        // completion and calling for it, or have left a counter so full that no ring goes in.
         for queue in &core.queues {
-            queue.kick_doorbell().ring();
-            queue.call_doorbell().ring();
+            for doorbell in [queue.kick_doorbell(), queue.call_doorbell()] {
+                doorbell.drain();
+                doorbell.ring();
+            }
         }
     }
 
@@ -390,9 +437,12 @@ impl Attachment {
         {
             // New memory that the server does not like is the caller's affair alone.
             entry.call.answered(Answer::Refused(refusal.errno, refusal.text));
-            return Ok(());
+            return self.attach_when_registered();
         }
-        if retry {
+        // What an attached session can wait for is no reason to fail its requests: a server that
+        // speaks its layout, or one with room for a memory that others have had room for.
+        let can_wait = self.opened.is_none() && !matches!(question, Question::Attach);
+        if retry || can_wait {
             self.last_refusal = Some(refusal);
             return Err(io::ErrorKind::ConnectionRefused.into());
         }
@@ -407,9 +457,15 @@ impl Attachment {
 
     /// The session cannot go on.
     fn fail(&mut self, errno: Errno) {
+        if self.opened.is_some() {
+            let (volume, text) = (self.core.volume.clone(), "the server let it go".to_owned());
+            return self.refuse_open(OpenError::Refused { volume, errno, text });
+        }
         self.link = Link::Over;
         self.core.is_connected.store(false, Relaxed);
-        self.core.fail(errno);
+        if self.known == Known::Yes {
+            self.core.fail(errno);
+        }
         self.answer_all(errno);
     }
 
@@ -419,30 +475,6 @@ impl Attachment {
             entry.call.answered(Answer::Session(errno));
         }
         self.core.calls.answer_all(errno);
-    }
-
-    fn refuse_open(&mut self, error: OpenError) {
-        if let Some(opened) = self.opened.take() {
-            if let Link::Attaching(socket) = &self.link {
-                // The server reads this after the attach, however late, and nobody's session stays.
-                let _ = socket::send(socket, &Message::Detach.encode(0), &[]);
-            }
-            self.link = Link::Over;
-            self.core.is_closing.store(true, SeqCst);
-            opened.keep(Err(error));
-        }
-    }
-
-    /// Why the volume could not be attached in time.
-    fn open_error(&mut self) -> OpenError {
-        let volume = self.core.volume.clone();
-        match (self.last_refusal.take(), self.last_error.take()) {
-            (Some(Refusal { errno, text }), _) => OpenError::Refused { volume, errno, text },
-            (None, error) => OpenError::Connect {
-                path: self.core.options.socket.clone(),
-                source: error.unwrap_or_else(|| io::ErrorKind::TimedOut.into()),
-            },
-        }
     }
 
     /// Whether the requests in flight let a session go. A host that reaps by itself has let go of
@@ -503,4 +535,9 @@ impl Attachment {
             Verdict::Resumed => core.emit(Event::Resumed),
         }
     }
+}
+
+/// Whether this client can cut requests for such a volume.
+fn is_possible(info: &VolumeInfo) -> bool {
+    info.block_size.is_power_of_two() && (512..=PAGE).contains(&info.block_size.into())
 }

@@ -104,7 +104,14 @@ impl Complete {
         let session = sessions.last;
         for (index, queue) in core.queues.iter().enumerate() {
             let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
-            epoll::add(&self.epoll, queue.call_doorbell(), token(session, index as u32), flags)?;
+            let token = token(session, index as u32);
+            if let Err(errno) = epoll::add(&self.epoll, queue.call_doorbell(), token, flags) {
+                // Half a session would be in the way of the next try.
+                for queue in core.queues.iter().take(index) {
+                    let _ = epoll::delete(&self.epoll, queue.call_doorbell());
+                }
+                return Err(errno.into());
+            }
         }
         sessions.by_token.insert(session, core.clone());
         drop(sessions);

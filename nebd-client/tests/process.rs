@@ -156,6 +156,58 @@ fn idle_threads_never_wake_up() {
     eventually(|| threads().is_empty());
 }
 
+/// Waits until the control thread uses no processor time any more.
+#[track_caller]
+fn the_control_thread_sleeps() {
+    let used_ns = || {
+        let (_, id) = threads().into_iter().find(|(name, _)| name == "nebd-control").unwrap();
+        let schedstat = std::fs::read_to_string(format!("/proc/self/task/{id}/schedstat")).unwrap();
+        schedstat.split(' ').next().unwrap().parse::<u64>().unwrap()
+    };
+    eventually(|| {
+        let before_ns = used_ns();
+        std::thread::sleep(Duration::from_millis(300));
+        used_ns() - before_ns < 30_000_000
+    });
+}
+
+#[test]
+fn a_failed_session_costs_no_time() {
+    let _turn = my_turn();
+    let host = Host::new();
+    let server = host.start();
+    let session = Session::open("mem:a", host.options()).unwrap();
+    host.set_mode(common::Mode::Hold);
+    let (tell, told) = mpsc::channel();
+    session.submit(Io::flush(), Box::new(move |result| tell.send(result).unwrap())).unwrap();
+    eventually(|| host.taken.load(SeqCst) == 1);
+    server.tell("detach");
+    assert!(told.recv().unwrap().is_err());
+    // The host has not noticed yet; it may take its time.
+    the_control_thread_sleeps();
+    session.close().unwrap();
+}
+
+#[test]
+fn a_call_that_was_asked_again_costs_no_time() {
+    let _turn = my_turn();
+    let host = Host::new();
+    let server = host.start();
+    let session = Arc::new(Session::open("mem:a", host.options()).unwrap());
+    host.stalls_in_resize.store(true, SeqCst);
+    let resizing = {
+        let session = session.clone();
+        std::thread::spawn(move || session.resize(32 << 20))
+    };
+    eventually(|| host.logged("resize") == 2);
+    the_control_thread_sleeps();
+    host.stalls_in_resize.store(false, SeqCst);
+    drop(server);
+    let _server = host.start();
+    resizing.join().unwrap().unwrap();
+    Arc::into_inner(session).unwrap().close().unwrap();
+}
+
 #[test]
 fn a_callback_that_blocks_stops_neither_reconnects_nor_others() {
     let _turn = my_turn();
