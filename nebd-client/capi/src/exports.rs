@@ -241,7 +241,7 @@ pub unsafe extern "C" fn nebd_stats(
     size: usize,
 ) -> c_int {
     // SAFETY: the caller's promise, twice.
-    unsafe { with(volume, |volume| raw::fill(stats, size, &volume.stats()).map(|()| 0)) }
+    unsafe { with(volume, |volume| raw::fill(stats, size, &volume.stats()?).map(|()| 0)) }
 }
 
 /// `nebd_resize`.

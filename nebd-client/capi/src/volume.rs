@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nebd_client::{
-    Buffer, CallError, CompletionMode, Errno, Memory, OpenError, Queue, Session, VolumeInfo,
+    Buffer, CallError, CompletionMode, Errno, Memory, OpenError, Queue, Session, VolumeInfo, errno,
 };
 
 use crate::failure::{InCallback, explain};
@@ -101,12 +101,18 @@ impl Volume {
 
     /// Waits for everything accepted, and detaches.
     pub fn close(self) -> Result<(), Errno> {
-        if self.process == std::process::id() {
+        if self.usable().is_ok() {
             self.drain();
             self.events.shut();
         }
         drop((self.buffers, self.memories, self.queues));
         told(self.session.close())
+    }
+
+    /// Fails in a forked child, for what the session does not refuse there by itself: its locks
+    /// may be held by threads that the child does not have.
+    fn usable(&self) -> Result<(), Errno> {
+        if self.process == std::process::id() { Ok(()) } else { Err(errno::FORKED) }
     }
 
     fn drain(&self) {
@@ -134,7 +140,12 @@ impl Volume {
         if self.queues.is_empty() {
             return Err(Errno::NOTSUP);
         }
-        self.queues.get(index as usize).ok_or(Errno::INVAL)
+        let queue = self.queues.get(index as usize).ok_or(Errno::INVAL)?;
+        // Cheaper than `usable`, and asked with each poll.
+        match queue.failure() {
+            Some(errno::FORKED) => Err(errno::FORKED),
+            _ => Ok(queue),
+        }
     }
 
     /// Runs callbacks of what completed, after waiting for it if there is nothing yet.
@@ -162,6 +173,7 @@ impl Volume {
 
     /// What the volume is, asking the server or not.
     pub fn info(&self, refresh: bool) -> Result<RawInfo, Errno> {
+        self.usable()?;
         let info = if refresh { told(self.session.refresh())? } else { self.session.info() };
         Ok(self.raw_info(&info))
     }
@@ -181,9 +193,10 @@ impl Volume {
     }
 
     /// What the session has seen.
-    pub fn stats(&self) -> RawStats {
+    pub fn stats(&self) -> Result<RawStats, Errno> {
+        self.usable()?;
         let stats = self.session.stats();
-        RawStats {
+        Ok(RawStats {
             generation: stats.generation.0.into(),
             connected: stats.connected.into(),
             reconnects: stats.reconnects,
@@ -191,7 +204,7 @@ impl Volume {
             takeovers: stats.takeovers,
             blackout_last_us: stats.blackout_last_us,
             blackout_worst_us: stats.blackout_worst_us,
-        }
+        })
     }
 
     /// Changes the size.
@@ -209,8 +222,10 @@ impl Volume {
 
     /// Frees what [`alloc`](Self::alloc) returned.
     pub fn free(&self, address: usize) {
-        // Dropped at the end, outside the lock.
-        let _buffer = lock(&self.buffers).remove(&address);
+        if self.usable().is_ok() {
+            // Dropped at the end, outside the lock.
+            let _buffer = lock(&self.buffers).remove(&address);
+        }
     }
 
     /// Registers a mapped memfd.
@@ -228,6 +243,7 @@ impl Volume {
 
     /// Forgets registered memory.
     pub fn unregister(&self, id: c_int) -> Result<(), Errno> {
+        self.usable()?;
         let id = u32::try_from(id).map_err(|_| Errno::INVAL)?;
         let memory = lock(&self.memories).remove(&id);
         memory.map(drop).ok_or(Errno::INVAL)

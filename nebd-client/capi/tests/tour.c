@@ -183,6 +183,36 @@ static int start_each(nebd_volume *volume, struct iovec *iov, uint32_t flags)
     return 5;
 }
 
+/* A child of fork has no business with its parent's volume, and says so wherever it can. */
+static int in_a_child(nebd_volume *volume, int is_polled)
+{
+    static char data[BLOCK];
+    struct nebd_info info;
+    struct nebd_stats stats;
+    int refused = nebd_read(volume, data, BLOCK, 0, 0) == -EBADFD &&
+                  nebd_aio_flush(volume, 0, on_done, volume) == -EBADFD &&
+                  nebd_info(volume, &info, sizeof info) == -EBADFD &&
+                  nebd_refresh(volume, &info, sizeof info) == -EBADFD &&
+                  nebd_stats(volume, &stats, sizeof stats) == -EBADFD &&
+                  nebd_resize(volume, MIB) == -EBADFD &&
+                  nebd_unregister_memory(volume, 1) == -EBADFD &&
+                  nebd_alloc(volume, BLOCK) == NULL;
+    if (is_polled)
+        refused = refused && nebd_poll(volume, 1, 0) == -EBADFD &&
+                  nebd_arm(volume, 1) == -EBADFD && nebd_eventfd(volume, 1) == -EBADFD;
+    nebd_free(volume, data);
+    return refused && nebd_close(volume) == -EBADFD;
+}
+
+static void check_fork(nebd_volume *volume, int is_polled)
+{
+    pid_t child = fork();
+    if (child == 0)
+        _exit(in_a_child(volume, is_polled) ? 0 : 1);
+    int status = -1;
+    CHECK(child > 0 && waitpid(child, &status, 0) == child && status == 0);
+}
+
 static void check_threaded(nebd_volume *volume)
 {
     static char data[2][BLOCK];
@@ -203,12 +233,7 @@ static void check_threaded(nebd_volume *volume)
     pthread_mutex_unlock(&lock);
     check_info(volume, (uint64_t)96 * MIB);
 
-    /* A child of fork has no business here. */
-    pid_t child = fork();
-    if (child == 0)
-        _exit(nebd_read(volume, data[0], BLOCK, 0, 0) == -EBADFD ? 0 : 1);
-    int status = -1;
-    CHECK(child > 0 && waitpid(child, &status, 0) == child && status == 0);
+    check_fork(volume, 0);
     CHECK_RESULT(0, nebd_read(volume, data[0], BLOCK, 0, 0));
 }
 
@@ -242,6 +267,7 @@ static void check_polled(const char *name)
     poll_until(volume, start_each(volume, iov, NEBD_QUEUE(1)));
     CHECK_RESULT(0, last_result);
     CHECK_RESULT(-EINVAL, nebd_aio_flush(volume, NEBD_QUEUE(2), on_done, volume));
+    check_fork(volume, 1);
 
     /* A queue takes what it has room for, and the library's list takes the rest. */
     int accepted = 0, refused = 0;
