@@ -286,7 +286,7 @@ mod tests {
         let run = |thread: u64, ranges: &Arc<Ranges>, inside: &AtomicU64| {
             for round in 0..2000 {
                 // Some rounds go by before the first one alone.
-                let is_alone = round > 200 && (round + thread) % 3 != 0;
+                let is_alone = round > 200 && !(round + thread).is_multiple_of(3);
                 // One alone counts for many.
                 let (usage, weight) =
                     if is_alone { (Use::Alone, 1 << 32) } else { (Use::Shared, 1) };
