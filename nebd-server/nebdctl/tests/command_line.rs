@@ -66,6 +66,10 @@ fn a_wrong_command_line_is_exit_code_2() {
         "volume create file:a --size 1G --block-size 1024",
         "volume create file:a --size 1G --mode 0777",
         "bench --volume mem:a --op sideways",
+        "volume import disk.raw",
+        "volume import disk.vmdk file:a --format vmdk",
+        "volume export file:a disk.raw --format auto",
+        "volume export file:a disk.raw --iodepth 0",
     ] {
         let output = nebdctl(Path::new("/nonexistent"), command);
         assert_eq!(output.status.code(), Some(2), "{command}");
@@ -132,7 +136,13 @@ fn the_help_and_the_man_pages_tell_the_exit_codes() {
     for text in [stdout(&help), page] {
         assert!(text.contains("cannot be reached") && text.contains("130"), "{text}");
     }
-    for page in ["nebdctl-bench.1", "nebdctl-demo.1", "nebdctl-volume-create.1"] {
+    for page in [
+        "nebdctl-bench.1",
+        "nebdctl-demo.1",
+        "nebdctl-volume-create.1",
+        "nebdctl-volume-import.1",
+        "nebdctl-volume-export.1",
+    ] {
         assert!(pages.join(page).is_file(), "{page}");
     }
 }

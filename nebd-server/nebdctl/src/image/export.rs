@@ -1,7 +1,7 @@
 //! `nebdctl volume export`
 
 use std::fs::{self, File};
-use std::io::{self, Write as _};
+use std::io::{self, IsTerminal as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -60,6 +60,10 @@ impl Target {
         let path = &args.file;
         let cannot = || format!("cannot write the image {}", path.display());
         if is_dash(path) {
+            if io::stdout().is_terminal() {
+                let message = "standard output is a terminal; send it to a file or a pipe";
+                return Err(Failure::Usage(message.into()));
+            }
             let stdout = io::stdout().as_fd().try_clone_to_owned().with_context(cannot)?;
             return Ok(Target::Stream(stdout.into()));
         }

@@ -215,7 +215,13 @@ fn import_to(
         data_bytes: 0,
         turn: 0,
     };
-    let (bytes, data_bytes, sums) = writer.copy(&mut source, &progress)?;
+    let is_made = writer.target.is_made;
+    let copied = writer.copy(&mut source, &progress).inspect_err(|_| {
+        if !is_made {
+            eprintln!("nebdctl: volume {} may hold a part of the image now", args.name);
+        }
+    });
+    let (bytes, data_bytes, sums) = copied?;
     let elapsed = begun.elapsed();
     drop(progress);
     let mut report = Report {

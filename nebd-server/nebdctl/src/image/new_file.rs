@@ -21,10 +21,16 @@ pub struct NewFile {
 impl NewFile {
     /// Empty, in this directory.
     pub fn new(directory: &Path) -> io::Result<NewFile> {
+        NewFile::unnamed(directory).or_else(|_| NewFile::hidden(directory))
+    }
+
+    fn unnamed(directory: &Path) -> io::Result<NewFile> {
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        if let Ok(file) = rustix::fs::open(directory, flags, Mode::RUSR | Mode::WUSR) {
-            return Ok(NewFile { file: file.into(), hidden: None });
-        }
+        let file = rustix::fs::open(directory, flags, Mode::RUSR | Mode::WUSR)?;
+        Ok(NewFile { file: file.into(), hidden: None })
+    }
+
+    fn hidden(directory: &Path) -> io::Result<NewFile> {
         let named = tempfile::Builder::new().prefix(".nebdctl-").tempfile_in(directory)?;
         let (file, path) = named.into_parts();
         Ok(NewFile { file, hidden: Some(path) })
@@ -90,23 +96,25 @@ mod tests {
 
     #[test]
     fn a_file_appears_whole_or_not_at_all() {
-        let directory = tempfile::tempdir().unwrap();
-        let names = || std::fs::read_dir(directory.path()).unwrap().count();
-        let path = directory.path().join("a");
-        let make = |text: &str| {
-            let file = NewFile::new(directory.path()).unwrap();
-            file.file().write_all(text.as_bytes()).unwrap();
-            file
-        };
-        drop(make("lost"));
-        assert_eq!(names(), 0);
-        make("one").publish(&path, false).unwrap();
-        let error = make("two").publish(&path, false).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "one");
-        make("three").publish(&path, true).unwrap();
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "three");
-        assert_eq!(names(), 1);
+        for new in [NewFile::new, NewFile::hidden] {
+            let directory = tempfile::tempdir().unwrap();
+            let names = || std::fs::read_dir(directory.path()).unwrap().count();
+            let path = directory.path().join("a");
+            let make = |text: &str| {
+                let file = new(directory.path()).unwrap();
+                file.file().write_all(text.as_bytes()).unwrap();
+                file
+            };
+            drop(make("lost"));
+            assert_eq!(names(), 0);
+            make("one").publish(&path, false).unwrap();
+            let error = make("two").publish(&path, false).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), "one");
+            make("three").publish(&path, true).unwrap();
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), "three");
+            assert_eq!(names(), 1);
+        }
     }
 
     #[test]
