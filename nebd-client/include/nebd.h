@@ -128,7 +128,8 @@ int nebd_options_set_arena_bytes(nebd_options *options, uint64_t bytes);
 int nebd_options_set_connect_timeout_ms(nebd_options *options, uint64_t milliseconds);
 /*
  * Longest wait of a request before it fails with -ETIMEDOUT; 0, the default, is no limit. A write
- * that timed out may still be carried out later.
+ * that timed out may still be carried out later; where memory of nebd_alloc or
+ * nebd_register_memory was used in place, with what it holds then, and a read may still change it.
  */
 int nebd_options_set_io_timeout_ms(nebd_options *options, uint64_t milliseconds);
 /* Requests wait this long without any completion before NEBD_EVENT_STALLED. Default 1 s. */

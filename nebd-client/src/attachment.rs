@@ -232,6 +232,9 @@ impl Attachment {
             self.known = Known::Maybe;
         }
         self.questions.clear();
+        if matches!(self.link, Link::Over) {
+            return;
+        }
         self.last_error = Some(error);
         // Not all at once when many sessions lose the same server.
         let jitter = now_ns() % 1024;

@@ -167,7 +167,9 @@ impl Options {
     }
 
     /// How long a request or call may take before it fails with `ETIMEDOUT`; `None` waits without
-    /// limit. A write that timed out may still be carried out later.
+    /// limit. A write that timed out may still be carried out later, with what memory that is used in
+    /// place ([`Buffer`](crate::Buffer), [`Memory`](crate::Memory)) holds then; a read may still
+    /// change such memory.
     pub fn io_timeout(mut self, duration: Option<Duration>) -> Options {
         self.io_timeout = duration;
         self

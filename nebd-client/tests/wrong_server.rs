@@ -143,3 +143,20 @@ fn a_detach_while_opening_ends_the_opening() {
     let opened = opening.join().unwrap();
     assert!(matches!(opened, Err(OpenError::Refused { .. })));
 }
+
+#[test]
+fn a_server_of_another_layout_is_refused_at_once_and_waited_for_later() {
+    let host = Host::new();
+    let server = host.start();
+    let session = Session::open("mem:a", host.options()).unwrap();
+    host.layout.store(2, SeqCst);
+    let opened = Session::open("mem:b", host.options());
+    assert!(matches!(opened, Err(OpenError::Layout(2))));
+    drop(server);
+    let before = host.logged("hello");
+    let _server = host.start();
+    eventually(|| host.logged("hello") > before + 2);
+    host.layout.store(1, SeqCst);
+    session.flush().unwrap();
+    session.close().unwrap();
+}

@@ -87,6 +87,7 @@ pub struct Host {
     /// So is every memory.
     pub refuses_memory: AtomicBool,
     pub block_size: AtomicU32,
+    pub layout: AtomicU32,
     /// Flushes stay in the server.
     pub holds_flushes: AtomicBool,
 }
@@ -123,6 +124,7 @@ impl Host {
             is_choosy: AtomicBool::new(false),
             refuses_memory: AtomicBool::new(false),
             block_size: AtomicU32::new(BLOCK as u32),
+            layout: AtomicU32::new(1),
             holds_flushes: AtomicBool::new(false),
         })
     }
@@ -347,7 +349,8 @@ impl Body {
                     return Some(failed(Errno(93)));
                 }
                 let (generation, version) = (self.generation, "test".to_owned());
-                Message::Welcome { layout: 1, generation, features: 0, pid: 1, version }
+                let layout = self.host.layout.load(SeqCst);
+                Message::Welcome { layout, generation, features: 0, pid: 1, version }
             }
             Message::Ping => {
                 self.note("ping");
