@@ -158,6 +158,34 @@ fn a_block_device_is_a_volume() {
     }
 }
 
+/// Another name for a device; not a link, but a node of its own.
+fn node_of(device: &Loop) -> PathBuf {
+    use nix::sys::stat::{Mode, SFlag, mknod, stat};
+    let path = device.dir.path().join("node");
+    let number = stat(&device.device).unwrap().st_rdev;
+    mknod(&path, SFlag::S_IFBLK, Mode::S_IRWXU, number).unwrap();
+    path
+}
+
+#[test]
+fn a_device_has_one_owner_whatever_its_nodes() {
+    let Some(device) = Loop::new(MIB, 512) else { return };
+    let backend = backend(Path::new("/nonexistent"), FileEngineChoice::Auto);
+    let first = backend.create(&device_spec(&device, 4096)).unwrap();
+    let second = VolumeSpec { path: Some(node_of(&device)), ..first.clone() };
+    let owner = open(&backend, &first);
+    let context = || context(Arc::new(NoStore::default()), None, 1);
+    let refused = backend.open(&second, &context()).err();
+    assert!(matches!(refused, Some(BackendError::Busy { .. })), "{refused:?}");
+    assert_eq!(backend.observe(&second).unwrap(), MIB, "an observer needs no claim");
+    owner.close();
+    drop(owner);
+    let mut shard = Shard::new();
+    let volume = open(&backend, &second);
+    shard.write(&*volume, 0, &pattern(4096, 1), OpFlags::FUA).unwrap();
+    volume.close();
+}
+
 #[test]
 fn a_device_whose_storage_is_gone_reports_errors() {
     for engine in ENGINES {

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use nebd_abi::VolumeName;
-use rustix::fs::{FallocateFlags, FlockOperation, OFlags};
+use rustix::fs::{FallocateFlags, FileType, FlockOperation, OFlags};
 
 use super::buffer;
 use super::pool::Pool;
@@ -189,65 +189,101 @@ fn set_buffered(file: &File) -> io::Result<()> {
 }
 
 /// Opens for direct IO if wanted and possible; tells whether it is.
-fn open_file(path: &Path, direct: bool) -> io::Result<(File, bool)> {
+fn open_file(path: &Path, direct: bool, exclusive: bool) -> io::Result<(File, bool)> {
     let mut options = OpenOptions::new();
     options.read(true).write(true);
+    let flags = if exclusive { libc::O_EXCL } else { 0 };
     if direct {
-        match options.clone().custom_flags(libc::O_DIRECT).open(path) {
+        match options.clone().custom_flags(libc::O_DIRECT | flags).open(path) {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 tracing::warn!(path = %path.display(), "no direct IO here; using the page cache");
             }
             result => return result.map(|file| (file, true)),
         }
     }
-    options.open(path).map(|file| (file, false))
+    options.custom_flags(flags).open(path).map(|file| (file, false))
 }
 
 /// Opens the file and waits for its lock: a little at a first open, for a lock that somebody alive
 /// may hold for good; as long as needed after a takeover, for the predecessor is dead and what it
 /// had in flight ends.
+///
+/// The lock of a block device is its node's, and one device can have many nodes: it is claimed as
+/// well (`O_EXCL`). A claim is the description's like the lock, pinned by requests in flight, and it
+/// keeps away from file systems that are mounted.
 fn open_locked(
     name: &VolumeName,
     path: &Path,
     direct: bool,
     context: &OpenContext,
 ) -> Result<(File, bool), BackendError> {
+    let mut wait = Wait::new(name, context.previous_major.is_some());
     loop {
-        let (file, direct) =
-            open_file(path, direct).map_err(system_error(name, "open its file"))?;
-        lock(name, &file, context.previous_major.is_some())?;
+        let failed = system_error(name, "open its file");
+        let is_device = |mode| FileType::from_raw_mode(mode) == FileType::BlockDevice;
+        let found = rustix::fs::stat(path).map_err(|errno| failed(errno.into()))?;
+        let exclusive = is_device(found.st_mode);
+        let (file, direct) = match open_file(path, direct, exclusive) {
+            Err(error) if exclusive && error.raw_os_error() == Some(libc::EBUSY) => {
+                wait.pause()?;
+                continue;
+            }
+            result => result.map_err(failed)?,
+        };
+        lock(name, &file, &mut wait)?;
         // While we waited, another file may have been put in its place.
         let failed = system_error(name, "open its file again");
         let present = rustix::fs::stat(path).map_err(|errno| failed(errno.into()))?;
         let held = rustix::fs::fstat(&file).map_err(|errno| failed(errno.into()))?;
-        if (present.st_dev, present.st_ino) == (held.st_dev, held.st_ino) {
+        if (present.st_dev, present.st_ino) == (held.st_dev, held.st_ino)
+            && is_device(held.st_mode) == exclusive
+        {
             return Ok((file, direct));
         }
     }
 }
 
-fn lock(name: &VolumeName, file: &File, is_takeover: bool) -> Result<(), BackendError> {
-    let start = Instant::now();
-    let mut pause = Duration::from_micros(100);
-    let mut logged_s = 0;
+fn lock(name: &VolumeName, file: &File, wait: &mut Wait<'_>) -> Result<(), BackendError> {
     loop {
         match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(()),
-            Err(rustix::io::Errno::INTR) => continue,
-            Err(rustix::io::Errno::WOULDBLOCK) => {}
+            Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => wait.pause()?,
             Err(errno) => return Err(system_error(name, "lock its file")(errno.into())),
         }
-        let waited = start.elapsed();
-        if !is_takeover && waited >= FOREIGN_WAIT {
-            let detail = "its file is locked by another process".to_owned();
-            return Err(BackendError::Busy { volume: name.clone(), detail });
+    }
+}
+
+/// Patience with another owner.
+struct Wait<'a> {
+    name: &'a VolumeName,
+    is_takeover: bool,
+    start: Instant,
+    pause: Duration,
+    logged_s: u64,
+}
+
+impl Wait<'_> {
+    fn new(name: &VolumeName, is_takeover: bool) -> Wait<'_> {
+        let pause = Duration::from_micros(100);
+        Wait { name, is_takeover, start: Instant::now(), pause, logged_s: 0 }
+    }
+
+    /// Sleeps a little, unless patience has ended.
+    fn pause(&mut self) -> Result<(), BackendError> {
+        let waited = self.start.elapsed();
+        if !self.is_takeover && waited >= FOREIGN_WAIT {
+            let detail = "its file is locked or in use".to_owned();
+            return Err(BackendError::Busy { volume: self.name.clone(), detail });
         }
-        if waited.as_secs() > logged_s {
-            logged_s = waited.as_secs();
-            tracing::warn!(volume = %name, waited_s = logged_s, "waiting for the lock");
+        if waited.as_secs() > self.logged_s {
+            self.logged_s = waited.as_secs();
+            tracing::warn!(volume = %self.name, waited_s = self.logged_s, "waiting for the lock");
         }
-        std::thread::sleep(pause);
-        pause = (pause * 2).min(Duration::from_millis(if waited.as_secs() == 0 { 2 } else { 50 }));
+        std::thread::sleep(self.pause);
+        let longest = Duration::from_millis(if waited.as_secs() == 0 { 2 } else { 50 });
+        self.pause = (self.pause * 2).min(longest);
+        Ok(())
     }
 }
 
