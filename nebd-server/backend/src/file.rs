@@ -31,7 +31,7 @@ mod witness;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nebd_abi::VolumeName;
@@ -215,6 +215,7 @@ impl Backend for FileBackend {
                 name: spec.name.clone(),
                 block_size: spec.block_size,
                 size: AtomicU64::new(size),
+                was_cut: AtomicBool::new(false),
                 file,
             }),
             major: context.previous_major.unwrap_or(context.host_major),
@@ -241,6 +242,8 @@ struct FileVolume {
     name: VolumeName,
     block_size: u32,
     size: AtomicU64,
+    /// The image was cut; a write that had started by then may have made it longer again.
+    was_cut: AtomicBool,
     file: Arc<OpenFile>,
 }
 
@@ -264,8 +267,13 @@ impl Volume for FileVolume {
             return Err(BackendError::Unsupported { volume: self.name.clone(), what });
         }
         check_size(&self.name, size, self.block_size)?;
-        image::resize(self.file.file(), size)
-            .map_err(system_error(&self.name, "resize its image"))?;
+        let failed = system_error(&self.name, "resize its image");
+        let before = self.size.load(SeqCst);
+        if size > before && self.was_cut.load(SeqCst) {
+            self.file.file().set_len(before).map_err(&failed)?;
+        }
+        self.was_cut.fetch_or(size < before, SeqCst);
+        image::resize(self.file.file(), size).map_err(&failed)?;
         self.size.store(size, SeqCst);
         Ok(size)
     }

@@ -213,9 +213,13 @@ impl Volume for MemVolume {
         let failed = system_error(&self.name, "resize its memory");
         let mut map = self.map.write().unwrap_or_else(PoisonError::into_inner);
         let capacity = map.bytes();
-        if size < capacity {
-            self.punch(size, capacity - size).map_err(|errno| failed(errno.into()))?;
-        } else if size > capacity {
+        // What lies beyond the end, now and before: a write that had started when the end moved may
+        // have come after it.
+        let end = size.min(self.size.load(SeqCst));
+        if end < capacity {
+            self.punch(end, capacity - end).map_err(|errno| failed(errno.into()))?;
+        }
+        if size > capacity {
             self.file.set_len(HEADER_BYTES + size).map_err(&failed)?;
             *map = Map::new(&self.file, HEADER_BYTES).map_err(&failed)?;
         }

@@ -250,6 +250,20 @@ fn resize_grows_and_shrinks() {
 }
 
 #[test]
+fn a_write_that_comes_after_the_end_moved_is_not_found_when_it_moves_back() {
+    for_each_engine(|backend, _, shard| {
+        let spec = backend.create(&spec("file:a", MIB, 4096)).unwrap();
+        let volume = open(backend, &spec);
+        volume.resize(4096).unwrap();
+        // It had been checked against the size of before.
+        shard.write(&*volume, 8192, &pattern(4096, 1), OpFlags::NONE).unwrap();
+        volume.resize(65536).unwrap();
+        assert!(shard.read(&*volume, 4096, 61440).unwrap() == [0; 61440]);
+        volume.close();
+    });
+}
+
+#[test]
 fn a_file_without_a_name_fails_to_flush() {
     for_each_engine(|backend, dir, shard| {
         let spec = backend.create(&spec("file:a", MIB, 4096)).unwrap();

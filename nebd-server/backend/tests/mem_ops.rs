@@ -89,3 +89,14 @@ fn resizes_also_across_servers() {
     shard.write(&*volume, 4 * MIB - 512, &pattern(512, 1), OpFlags::NONE).unwrap();
     assert!(shard.read(&*volume, 0, 4096).unwrap() == expected[..4096]);
 }
+
+#[test]
+fn a_write_that_comes_after_the_end_moved_is_not_found_when_it_moves_back() {
+    let (store, mut shard) = (TestStore::new(), Shard::new());
+    let volume = open(&store, MIB, None).unwrap().volume;
+    volume.resize(4096).unwrap();
+    // It had been checked against the size of before.
+    shard.write(&*volume, 8192, &pattern(4096, 1), OpFlags::NONE).unwrap();
+    volume.resize(65536).unwrap();
+    assert!(shard.read(&*volume, 4096, 61440).unwrap() == [0; 61440]);
+}
