@@ -160,7 +160,7 @@ impl Lane {
     }
 
     pub(crate) fn ring(&mut self) -> Option<&mut Ring> {
-        self.ring.as_mut().ok()
+        self.ring.as_mut().ok().filter(|ring| ring.works())
     }
 
     /// Hands queued work to the kernel; call once after a batch of submissions.
@@ -188,6 +188,9 @@ impl Lane {
         let Ok(ring) = &mut self.ring else { return };
         let mut reaped = std::mem::take(&mut self.reaped);
         ring.reap(&mut reaped);
+        while let Some(task) = self.ring.as_mut().ok().and_then(Ring::take_refused) {
+            task.drive(self);
+        }
         for (task, result) in reaped.drain(..) {
             task.advance_in(self, result);
         }
@@ -210,7 +213,7 @@ impl Lane {
         }
         self.done.is_empty()
             && self.mailbox.posts.is_empty()
-            && !self.ring().is_some_and(|ring| ring.has_news())
+            && !self.ring.as_mut().is_ok_and(Ring::has_news)
     }
 
     /// The shard is awake.

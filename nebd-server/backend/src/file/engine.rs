@@ -13,7 +13,7 @@ use crate::Lane;
 
 impl Task {
     /// Goes on, on the shard's thread, until something has to be waited for.
-    pub(super) fn drive(mut self: Box<Self>, lane: &mut Lane) {
+    pub(crate) fn drive(mut self: Box<Self>, lane: &mut Lane) {
         let uses_ring = self.file.uses_uring() && self.attempts < RING_ATTEMPTS_MAX;
         loop {
             let step = self.step();

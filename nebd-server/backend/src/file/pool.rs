@@ -2,9 +2,11 @@
 //! file holds up no other; its threads come when there is work and go when there is none.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
+use crossbeam::channel::{Sender, unbounded};
 use nebd_abi::Errno;
 
 use super::open_file::OpenFile;
@@ -13,6 +15,8 @@ use super::task::Task;
 
 const IDLE_S_MAX: u64 = 10;
 const STACK_BYTES: usize = 256 << 10;
+/// Between attempts to start a thread where there is none.
+const START_RETRY: Duration = Duration::from_millis(50);
 
 enum Job {
     Task(Box<Task>),
@@ -46,6 +50,7 @@ pub(super) struct Pool {
 
 impl Pool {
     pub(super) fn new(threads_max: usize) -> Pool {
+        let _made_in_good_time = starter();
         Pool { shared: Arc::default(), threads_max: threads_max.max(1) }
     }
 
@@ -69,31 +74,70 @@ impl Pool {
         }
         state.threads += 1;
         drop(state);
-        let shared = self.shared.clone();
-        let spawned = std::thread::Builder::new()
-            .name("nebd-file".into())
-            .stack_size(STACK_BYTES)
-            .spawn(move || work(&shared));
-        if let Err(error) = spawned {
-            self.spawn_failed(&error);
+        if let Err(error) = start(&self.shared) {
+            self.start_failed(&error);
         }
     }
 
-    fn spawn_failed(&self, error: &std::io::Error) {
+    /// A lack of threads passes, so nobody is told: those that run do the work, or the first one is
+    /// started later.
+    fn start_failed(&self, error: &io::Error) {
+        let mut state = self.shared.state();
+        tracing::error!(%error, threads = state.threads - 1, "cannot start a thread for file IO");
+        if state.threads > 1 {
+            state.threads -= 1;
+            drop(state);
+            self.shared.ready.notify_one();
+            return;
+        }
+        // It stays counted: it is being started.
+        drop(state);
+        if starter().is_some_and(|starter| starter.send(self.shared.clone()).is_ok()) {
+            return;
+        }
         let mut state = self.shared.state();
         state.threads -= 1;
-        tracing::error!(%error, threads = state.threads, "cannot start a thread for file IO");
-        let orphans =
-            if state.threads == 0 { std::mem::take(&mut state.jobs) } else { VecDeque::new() };
+        let orphans = std::mem::take(&mut state.jobs);
         drop(state);
-        self.shared.ready.notify_one();
         for job in orphans {
             match job {
-                Job::Task(task) => task.request.complete_remote(Err(Errno::from_io(error))),
-                Job::Settle(file) => syncs::fail_all(&file, Errno::from_io(error)),
+                Job::Task(task) => task.give_up(Errno::IO),
+                Job::Settle(file) => syncs::fail_all(&file, Errno::IO),
             }
         }
     }
+}
+
+/// A thread of the pool, which counts it already.
+fn start(shared: &Arc<Shared>) -> io::Result<()> {
+    let shared = shared.clone();
+    let builder = std::thread::Builder::new().name("nebd-file".into()).stack_size(STACK_BYTES);
+    builder.spawn(move || work(&shared)).map(|_| ())
+}
+
+/// The way to a thread that starts the threads that could not be started. It is made before it is
+/// wanted, by the first pool.
+fn starter() -> Option<&'static Sender<Arc<Shared>>> {
+    static STARTER: OnceLock<Option<Sender<Arc<Shared>>>> = OnceLock::new();
+    let make = || {
+        let (sender, receiver) = unbounded::<Arc<Shared>>();
+        let work = move || {
+            for shared in receiver {
+                while start(&shared).is_err() {
+                    std::thread::sleep(START_RETRY);
+                }
+            }
+        };
+        let builder = std::thread::Builder::new().name("nebd-starter".into());
+        match builder.stack_size(STACK_BYTES).spawn(work) {
+            Ok(_) => Some(sender),
+            Err(error) => {
+                tracing::error!(%error, "file IO will fail if threads are short");
+                None
+            }
+        }
+    };
+    STARTER.get_or_init(make).as_ref()
 }
 
 impl Drop for Pool {

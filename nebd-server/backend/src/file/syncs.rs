@@ -114,16 +114,21 @@ impl Syncs {
     /// from the pool.
     pub(super) fn admit(&self, file: &Arc<OpenFile>, task: Box<Task>) -> Option<Box<Task>> {
         let mut state = self.state();
-        if !state.settling {
+        let begin = !state.settling;
+        if begin {
             let replace = self.stale.load(SeqCst) && state.running == 0 && state.is_delivered();
             if !state.owed && !replace {
                 state.running += 1;
                 return Some(task);
             }
             state.settling = true;
-            file.pool().settle(file);
         }
         state.held.push(task);
+        drop(state);
+        if begin {
+            // With the task in its place and the lock free: a pool that cannot run it fails it.
+            file.pool().settle(file);
+        }
         None
     }
 

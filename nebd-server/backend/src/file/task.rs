@@ -27,6 +27,9 @@ use crate::{Mailbox, Request};
 /// Attempts in the ring before a request that gets `EAGAIN` goes where waiting is allowed.
 pub(super) const RING_ATTEMPTS_MAX: u32 = 8;
 
+/// Writes in a row that may bring a request no further.
+const STALLS_MAX: u32 = 3;
+
 /// What to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Step {
@@ -60,6 +63,8 @@ pub(crate) struct Task {
     pub(super) file: Arc<OpenFile>,
     pub(super) mailbox: Arc<Mailbox>,
     pub(super) attempts: u32,
+    /// Writes in a row that wrote less than a block.
+    stalls: u32,
     stage: Stage,
     moved: u64,
     vectors: Vectors,
@@ -84,6 +89,7 @@ impl Task {
             file,
             mailbox,
             attempts: 0,
+            stalls: 0,
             stage,
             moved: 0,
             vectors: Vectors::of(&[], 0),
@@ -202,6 +208,16 @@ impl Task {
         self.stage = Stage::Done(result);
     }
 
+    /// Answers from wherever this is, with what a sync that was admitted owes to the others.
+    pub(super) fn give_up(mut self, errno: Errno) {
+        self.apply(-errno.0);
+        let result = match self.stage {
+            Stage::Done(result) => result,
+            _ => Err(errno),
+        };
+        self.request.complete_remote(result);
+    }
+
     /// How the system call went: a count, or a negative errno.
     pub(super) fn apply(&mut self, result: i32) {
         self.apply_result(result);
@@ -264,11 +280,9 @@ impl Task {
                 // A direct write that stops within a block is written again from the block's start.
                 let usable = if count == wanted { count } else { self.file.whole_blocks(count) };
                 self.moved += usable;
-                if usable == 0 {
-                    self.attempts += 1;
-                    if self.attempts > 3 {
-                        self.fail(Errno::IO);
-                    }
+                self.stalls = if usable == 0 { self.stalls + 1 } else { 0 };
+                if self.stalls > STALLS_MAX {
+                    self.fail(Errno::IO);
                 }
             }
             Stage::Way(_) => self.stage = self.after_data(),

@@ -41,8 +41,8 @@ pub(crate) struct Ring {
     /// In the submission queue or with the kernel.
     in_flight: u32,
     in_flight_max: u32,
-    /// The kernel refuses to be entered: requests it did not take are answered with this.
-    broken: Option<i32>,
+    /// The kernel refuses to be entered: what it did not take is for threads.
+    broken: bool,
 }
 
 impl Ring {
@@ -67,7 +67,7 @@ impl Ring {
                         queued: VecDeque::new(),
                         in_flight: 0,
                         in_flight_max,
-                        broken: None,
+                        broken: false,
                     });
                 }
                 Err(error) => refusal = error.into(),
@@ -99,7 +99,7 @@ impl Ring {
     /// Moves the backlog into the submission queue as far as there is room.
     fn fill(&mut self) {
         let mut queue = self.uring.submission();
-        while self.in_flight < self.in_flight_max && !queue.is_full() && self.broken.is_none() {
+        while self.in_flight < self.in_flight_max && !queue.is_full() && !self.broken {
             let Some(entry) = self.backlog.pop_front() else { break };
             // SAFETY: the memory it refers to is owned by its task or kept mapped by the request
             // inside it, and the task stays in `tasks` until the completion was reaped.
@@ -116,7 +116,7 @@ impl Ring {
     pub(super) fn submit(&mut self) {
         loop {
             self.fill();
-            if self.queued.is_empty() || self.broken.is_some() {
+            if self.queued.is_empty() || self.broken {
                 return;
             }
             if !self.enter(0) || self.backlog.is_empty() || self.in_flight == self.in_flight_max {
@@ -128,7 +128,7 @@ impl Ring {
     /// Waits for a completion.
     pub(super) fn wait(&mut self) {
         self.fill();
-        if self.in_flight > 0 && self.broken.is_none() {
+        if self.in_flight > 0 && !self.broken {
             self.enter(1);
         }
     }
@@ -162,15 +162,20 @@ impl Ring {
         }
     }
 
-    /// After the probe this is a bug or a filter installed later; requests must still be answered.
+    /// After the probe this is a bug or a filter installed later; requests must still be served.
     fn give_up(&mut self, error: &io::Error) {
-        tracing::error!(%error, "io_uring fails; its waiting requests are answered with an error");
-        self.broken = Some(-error.raw_os_error().unwrap_or(libc::EIO));
+        tracing::error!(%error, "io_uring fails; threads take over");
+        self.broken = true;
+    }
+
+    /// Whether requests may be issued.
+    pub(super) fn works(&self) -> bool {
+        !self.broken
     }
 
     /// Takes what is complete, with its result.
     pub(super) fn reap(&mut self, out: &mut Vec<(Box<Task>, i32)>) {
-        if self.kernel_has_work() && self.enabled && self.broken.is_none() {
+        if self.kernel_has_work() && self.enabled && !self.broken {
             self.enter(0);
         }
         for entry in self.uring.completion() {
@@ -181,17 +186,19 @@ impl Ring {
                 out.push((task, entry.result()));
             }
         }
-        if let Some(result) = self.broken {
-            let backlog = self.backlog.drain(..).map(|entry| entry.get_user_data() as u32);
-            let taken_back = self.queued.len() as u32;
-            for index in self.queued.drain(..).chain(backlog) {
-                if let Some(task) = self.tasks.get_mut(index as usize).and_then(Option::take) {
-                    self.free.push(index);
-                    out.push((task, result));
-                }
-            }
-            self.in_flight -= taken_back;
+    }
+
+    /// Takes back one that the kernel will never take, if it refuses to be entered.
+    pub(super) fn take_refused(&mut self) -> Option<Box<Task>> {
+        if !self.broken {
+            return None;
         }
+        let queued = self.queued.pop_front();
+        self.in_flight -= u32::from(queued.is_some());
+        let backlog = || self.backlog.pop_front().map(|entry| entry.get_user_data() as u32);
+        let index = queued.or_else(backlog)?;
+        self.free.push(index);
+        self.tasks.get_mut(index as usize).and_then(Option::take)
     }
 
     /// The shard is about to sleep, or awake again: whether completions ring the doorbell.
@@ -205,7 +212,7 @@ impl Ring {
         }
         self.uring.completion().enable_eventfd();
         fence(SeqCst);
-        if self.enabled && self.in_flight > 0 && self.broken.is_none() {
+        if self.enabled && self.in_flight > 0 && !self.broken {
             self.run_deferred();
         }
     }
@@ -224,7 +231,7 @@ impl Ring {
 
     /// Whether there is something to reap, or something that could not be submitted yet.
     pub(super) fn has_news(&mut self) -> bool {
-        let waiting = !self.queued.is_empty() || self.broken.is_some() && !self.backlog.is_empty();
+        let waiting = !self.queued.is_empty() || self.broken && !self.backlog.is_empty();
         waiting || self.kernel_has_work() || !self.uring.completion().is_empty()
     }
 
@@ -236,7 +243,7 @@ impl Ring {
 
     /// Nobody will ever learn how these end: their memory stays, for the kernel may still use it.
     pub(super) fn leak_if_broken(&mut self) {
-        if self.broken.is_some() {
+        if self.broken {
             std::mem::forget(std::mem::take(&mut self.tasks));
             self.free.clear();
         }

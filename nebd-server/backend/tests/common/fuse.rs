@@ -21,6 +21,8 @@ pub struct State {
     pub fsync_error: Option<i32>,
     pub write_error: Option<i32>,
     pub read_error: Option<i32>,
+    /// Most bytes that one write takes.
+    pub bytes_max: Option<usize>,
     /// Writes are not answered for now.
     pub holds_writes: bool,
     pub held: Vec<(ReplyWrite, u32)>,
@@ -67,10 +69,20 @@ impl Mount {
     /// With or without the page cache taking writes (needed for errors that come late). `None`,
     /// with a printed reason, where FUSE is not to be had.
     pub fn new(bytes: usize, write_back: bool) -> Option<Mount> {
+        let cache = if write_back { InitFlags::FUSE_WRITEBACK_CACHE } else { InitFlags::empty() };
+        Mount::with(bytes, cache | InitFlags::FUSE_ASYNC_DIO)
+    }
+
+    /// One that may say that a write was short; of an asynchronous one the kernel makes an error.
+    pub fn that_may_be_short(bytes: usize) -> Option<Mount> {
+        Mount::with(bytes, InitFlags::empty())
+    }
+
+    fn with(bytes: usize, flags: InitFlags) -> Option<Mount> {
         let control = Arc::new(Control::default());
         control.state().data = vec![0; bytes];
         let dir = tempfile::tempdir().unwrap();
-        let fs = TestFs { control: control.clone(), write_back };
+        let fs = TestFs { control: control.clone(), flags };
         let session = Session::new(fs, dir.path(), &Config::default()).and_then(Session::spawn);
         match session {
             Ok(session) => Some(Mount { control, session: Some(session), dir }),
@@ -101,7 +113,7 @@ impl Drop for Mount {
 
 struct TestFs {
     control: Arc<Control>,
-    write_back: bool,
+    flags: InitFlags,
 }
 
 const TTL: Duration = Duration::from_secs(1);
@@ -132,11 +144,7 @@ impl TestFs {
 
 impl Filesystem for TestFs {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        let mut flags = InitFlags::FUSE_ASYNC_DIO;
-        if self.write_back {
-            flags |= InitFlags::FUSE_WRITEBACK_CACHE;
-        }
-        config.add_capabilities(flags).map_err(|_| io::Error::from_raw_os_error(libc::ENOSYS))
+        config.add_capabilities(self.flags).map_err(|_| io::Error::from_raw_os_error(libc::ENOSYS))
     }
 
     fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
@@ -222,6 +230,7 @@ impl Filesystem for TestFs {
         if let Some(errno) = state.write_error {
             return reply.error(Errno::from_i32(errno));
         }
+        let data = &data[..data.len().min(state.bytes_max.unwrap_or(usize::MAX))];
         let end = offset as usize + data.len();
         if state.data.len() < end {
             state.data.resize(end, 0);
