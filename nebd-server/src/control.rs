@@ -9,6 +9,7 @@
 //! One epoll loop; whatever may block runs on a worker thread and answers on the connection
 //! itself. Nothing a client sends, and nothing it fails to read, holds up another.
 
+mod closer;
 mod connection;
 mod notice;
 
@@ -28,6 +29,7 @@ use rustix::net::SocketFlags;
 use crate::server::Server;
 use crate::session::Session;
 use crate::shard::{Command, ShardEvent};
+use closer::Closer;
 use connection::Connection;
 pub use notice::{Notice, NoticeSink, doorbell};
 
@@ -66,6 +68,7 @@ pub struct Control {
     peers: HashMap<u64, (SessionId, OwnedFd)>,
     /// Who waits for the end of a session: connection and request.
     detaching: HashMap<SessionId, (u64, u64)>,
+    closer: Closer,
     /// Connections that sent Detach while their attach was still under way.
     abandoned: HashSet<u64>,
 }
@@ -93,6 +96,7 @@ impl Control {
             speakers: HashMap::new(),
             peers: HashMap::new(),
             detaching: HashMap::new(),
+            closer: Closer::start()?,
             abandoned: HashSet::new(),
         })
     }
@@ -170,8 +174,14 @@ impl Control {
 
     fn receive(&mut self, key: u64) {
         let Some(connection) = self.connections.get_mut(&key) else { return };
-        match nebd_abi::socket::receive(connection.socket()) {
-            Ok(Some(packet)) => connection::handle(self, key, packet),
+        match nebd_abi::socket::receive_from_stranger(connection.socket()) {
+            Ok(Some(packet)) => match self.closer.accept(packet) {
+                Some(packet) => connection::handle(self, key, packet),
+                None => {
+                    tracing::warn!("a client that sends what no message has is disconnected");
+                    self.close(key);
+                }
+            },
             Ok(None) => self.close(key),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             // A client that closed with our answer unread: told once, ahead of the packets it sent

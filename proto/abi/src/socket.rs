@@ -20,6 +20,8 @@ pub struct Packet {
     pub bytes: Vec<u8>,
     /// The descriptors that came with it, close-on-exec.
     pub fds: Vec<OwnedFd>,
+    /// Its bytes or descriptors did not fit.
+    pub is_cut_off: bool,
 }
 
 /// Connects to a server's client socket.
@@ -50,6 +52,16 @@ pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Resu
 ///
 /// A packet that is too long, or whose descriptors do not fit, is an error; no descriptor leaks.
 pub fn receive(socket: impl AsFd) -> io::Result<Option<Packet>> {
+    let packet = receive_from_stranger(socket)?;
+    if packet.as_ref().is_some_and(|packet| packet.is_cut_off) {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the packet was cut off"));
+    }
+    Ok(packet)
+}
+
+/// The same for a receiver that must look at all descriptors before it closes any: the close of one
+/// that a stranger sent may wait for the stranger.
+pub fn receive_from_stranger(socket: impl AsFd) -> io::Result<Option<Packet>> {
     let mut bytes = vec![0; MESSAGE_BYTES_MAX];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -67,14 +79,12 @@ pub fn receive(socket: impl AsFd) -> io::Result<Option<Packet>> {
             fds.extend(rights);
         }
     }
-    if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "the packet was cut off"));
-    }
-    if received.bytes == 0 && fds.is_empty() {
+    let is_cut_off = received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC);
+    if received.bytes == 0 && fds.is_empty() && !is_cut_off {
         return Ok(None);
     }
     bytes.truncate(received.bytes);
-    Ok(Some(Packet { bytes, fds }))
+    Ok(Some(Packet { bytes, fds, is_cut_off }))
 }
 
 fn retry<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
