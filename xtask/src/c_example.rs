@@ -16,14 +16,15 @@ use crate::cargo::{self, Profile};
 use crate::install::{self, InstallArgs, Installed};
 
 /// A server that takes longer than this to begin or to come back is a failure.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(30);
 /// The example is told to end; this is for one that nobody tells.
-const SECONDS_MAX: &str = "3600";
+pub const SECONDS_MAX: &str = "3600";
 const LINKINGS: [Linking; 2] = [Linking::Shared, Linking::Static];
-const STRICT: [&str; 5] = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-O2"];
+/// How programs of examples are compiled.
+pub const STRICT: [&str; 5] = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-O2"];
 
 /// How long, and how rough.
-#[derive(Args)]
+#[derive(Args, Clone, Copy)]
 pub struct CExampleArgs {
     /// Seconds between the kills taken together, for each way of linking.
     #[arg(long, default_value_t = 5)]
@@ -96,7 +97,8 @@ pub fn run(args: &CExampleArgs) -> Result<()> {
     host.stop()
 }
 
-fn pkg_config(installed: &Installed, arguments: &[&str]) -> Result<Vec<String>> {
+/// Words that pkg-config says for the installed library.
+pub fn pkg_config(installed: &Installed, arguments: &[&str]) -> Result<Vec<String>> {
     let text = cargo::output(
         Command::new("pkg-config")
             .env("PKG_CONFIG_PATH", &installed.pkgconfig_dir)
@@ -144,15 +146,15 @@ fn check_header_as_cplusplus(installed: &Installed) -> Result<()> {
 }
 
 /// Runs the example until every kill has been survived, then tells it to end and to check all.
-fn run_under_kills(host: &Host, example: &mut Command, args: &CExampleArgs) -> Result<()> {
-    let mut example = example.spawn().context("verified_io")?;
+pub fn run_under_kills(host: &Host, example: &mut Command, args: &CExampleArgs) -> Result<()> {
+    let mut example = example.spawn().context("the example")?;
     let killed = kill_servers(host, &mut example, args);
     if example.try_wait()?.is_none() {
         kill_process(Pid::from_child(&example), Signal::TERM)?;
     }
-    let status = wait(&mut example, PATIENCE).context("verified_io hangs")?;
+    let status = wait(&mut example, PATIENCE).context("the example hangs")?;
     killed?;
-    ensure!(status.success(), "verified_io: {status}");
+    ensure!(status.success(), "the example: {status}");
     Ok(())
 }
 
@@ -161,7 +163,7 @@ fn kill_servers(host: &Host, example: &mut Child, args: &CExampleArgs) -> Result
     for kill in 0..=args.kills {
         sleep(pause);
         if let Some(status) = example.try_wait()? {
-            bail!("verified_io ended after {kill} of {} kills: {status}", args.kills);
+            bail!("the example ended after {kill} of {} kills: {status}", args.kills);
         }
         if kill < args.kills {
             host.kill_server()?;
@@ -171,7 +173,7 @@ fn kill_servers(host: &Host, example: &mut Child, args: &CExampleArgs) -> Result
 }
 
 /// Waits for a child; kills it when it takes longer than `limit`.
-fn wait(child: &mut Child, limit: Duration) -> Result<ExitStatus> {
+pub fn wait(child: &mut Child, limit: Duration) -> Result<ExitStatus> {
     let deadline = Instant::now() + limit;
     while Instant::now() < deadline {
         if let Some(status) = child.try_wait()? {
@@ -185,7 +187,7 @@ fn wait(child: &mut Child, limit: Duration) -> Result<ExitStatus> {
 }
 
 /// A keeper with its server, in a directory of its own.
-struct Host {
+pub struct Host {
     keeper: Child,
     dir: PathBuf,
     socket: PathBuf,
@@ -193,7 +195,8 @@ struct Host {
 }
 
 impl Host {
-    fn start(installed: &Installed) -> Result<Host> {
+    /// Starts both and waits until the server serves.
+    pub fn start(installed: &Installed) -> Result<Host> {
         let bin_dir = installed.bin_dir.as_ref().context("the programs were not installed")?;
         // A socket's path may have 107 bytes, which a target directory can exceed.
         let dir = std::env::temp_dir().join(format!("nebd-c-example-{}", std::process::id()));
@@ -232,13 +235,14 @@ impl Host {
     }
 
     /// A program that uses the installed library and this host's server.
-    fn client(&self, program: &Path, installed: &Installed) -> Command {
+    pub fn client(&self, program: &Path, installed: &Installed) -> Command {
         let mut command = Command::new(program);
         command.env("NEBD_SOCKET", &self.socket).env("LD_LIBRARY_PATH", &installed.lib_dir);
         command
     }
 
-    fn nebdctl(&self, arguments: &[&str]) -> Result<()> {
+    /// Runs nebdctl.
+    pub fn nebdctl(&self, arguments: &[&str]) -> Result<()> {
         cargo::run(Command::new(&self.nebdctl).arg("--socket").arg(&self.socket).args(arguments))
     }
 
@@ -261,7 +265,13 @@ impl Host {
         bail!("no new server within {} s", PATIENCE.as_secs())
     }
 
-    fn stop(mut self) -> Result<()> {
+    /// The client socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Ends both.
+    pub fn stop(mut self) -> Result<()> {
         self.terminate()
     }
 

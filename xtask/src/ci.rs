@@ -11,6 +11,7 @@ use clap::Args;
 
 use crate::c_example::{self, CExampleArgs};
 use crate::cargo::{self, Profile, cargo, cargo_nightly};
+use crate::curve_example;
 
 /// Which steps.
 #[derive(Args)]
@@ -45,7 +46,7 @@ const fn step(name: &'static str, run: fn(&CiArgs) -> Result<Ran>) -> Step {
 }
 
 /// The cheap ones first; those that need another toolchain or target directory last.
-const STEPS: [Step; 12] = [
+const STEPS: [Step; 13] = [
     step("packages", packages),
     step("fmt", fmt),
     step("tidy", tidy),
@@ -54,6 +55,7 @@ const STEPS: [Step; 12] = [
     step("test", test),
     step("crash-tests", crash_tests),
     step("c-example", c_example),
+    step("curve-example", curve_example),
     step("loom", loom),
     step("address-sanitizer", address_sanitizer),
     step("fuzz", fuzz),
@@ -205,6 +207,12 @@ fn crash_tests(_: &CiArgs) -> Result<Ran> {
 
 fn c_example(_: &CiArgs) -> Result<Ran> {
     c_example::run(&CExampleArgs { seconds: 5, kills: 5, profile: Profile::Dev, no_run: false })?;
+    Ok(Ran::Yes)
+}
+
+fn curve_example(_: &CiArgs) -> Result<Ran> {
+    let args = CExampleArgs { seconds: 5, kills: 5, profile: Profile::Dev, no_run: false };
+    curve_example::run(&args)?;
     Ok(Ran::Yes)
 }
 

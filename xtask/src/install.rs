@@ -250,7 +250,7 @@ fn bracketed<'a>(readelf: &'a str, tag: &'a str) -> impl Iterator<Item = &'a str
 }
 
 /// Names that start with `nebd_` and are directly followed by a parenthesis, comments aside.
-fn functions_in_header(header: &str) -> BTreeSet<String> {
+pub fn functions_in_header(header: &str) -> BTreeSet<String> {
     let code: String = header
         .split("/*")
         .enumerate()

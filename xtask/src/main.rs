@@ -1,8 +1,10 @@
-//! The project's chores: `cargo xtask ci | tidy | demo | install | c-example`.
+//! The project's chores: `cargo xtask ci | tidy | demo | install | c-example |
+//! curve-example`.
 
 mod c_example;
 mod cargo;
 mod ci;
+mod curve_example;
 mod demo;
 mod install;
 mod tidy;
@@ -27,6 +29,8 @@ enum Chore {
     Install(install::InstallArgs),
     /// Install, compile the C example as a user would, and run it while its server is killed.
     CExample(c_example::CExampleArgs),
+    /// The same with the programs for Curve's API, in C and in C++.
+    CurveExample(c_example::CExampleArgs),
 }
 
 fn main() -> ExitCode {
@@ -46,6 +50,7 @@ fn run(chore: Chore) -> Result<()> {
         Chore::Demo(args) => demo::run(&args),
         Chore::Install(args) => install::run(&args).map(|_| ()),
         Chore::CExample(args) => c_example::run(&args),
+        Chore::CurveExample(args) => curve_example::run(&args),
     }
 }
 
