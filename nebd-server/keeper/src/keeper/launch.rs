@@ -118,7 +118,9 @@ impl Supervisor {
         } else if supervisor.config.standby && supervisor.standby.is_none() {
             supervisor.standby_at = Some(now);
         }
+        // What was told to the image before, or while nobody listened, is not told again.
         supervisor.on_stop_reports(now);
+        supervisor.reap_orphans();
         Ok(supervisor)
     }
 

@@ -215,7 +215,7 @@ impl Supervisor {
     }
 
     /// Takes note of the end of processes that dead servers left behind.
-    fn reap_orphans(&self) {
+    pub(super) fn reap_orphans(&self) {
         while let Some(pid) = sys::ended_child() {
             if self.processes().any(|p| p.pid == pid) {
                 // Its own event is on the way; after it, we are here again.

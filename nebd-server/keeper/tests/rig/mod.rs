@@ -56,6 +56,29 @@ impl Rig {
         Rig { dir, keeper, options }
     }
 
+    /// A keeper that has a child which ended before it began: that of an image before it.
+    pub fn start_with_a_dead_child() -> Rig {
+        use std::os::unix::process::CommandExt;
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = command(&dir, &[], Stdio::inherit());
+        // SAFETY: the process that forks has one thread, and is about to become the keeper.
+        let bear = || match unsafe { libc::fork() } {
+            // SAFETY: in the child; ends it.
+            0 => unsafe { libc::_exit(0) },
+            pid if pid > 0 => {
+                let options = libc::WEXITED | libc::WNOWAIT;
+                // SAFETY: the kernel fills in the structure, for which all zeros are valid.
+                unsafe { libc::waitid(libc::P_PID, pid as _, &mut std::mem::zeroed(), options) };
+                Ok(())
+            }
+            _ => Err(io::Error::last_os_error()),
+        };
+        // SAFETY: system calls only.
+        unsafe { command.pre_exec(bear) };
+        let keeper = command.spawn().unwrap();
+        Rig { dir, keeper, options: Vec::new() }
+    }
+
     pub fn state_dir(&self) -> PathBuf {
         self.dir.path().join("state")
     }
@@ -171,16 +194,20 @@ impl Rig {
 }
 
 fn spawn(dir: &TempDir, options: &[String], stderr: Stdio) -> Child {
-    Command::new(env!("CARGO_BIN_EXE_nebd-keeper-fake"))
+    command(dir, options, stderr).spawn().unwrap()
+}
+
+fn command(dir: &TempDir, options: &[String], stderr: Stdio) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nebd-keeper-fake"));
+    command
         .arg("keeper")
         .arg(dir.path().join("nebd.sock"))
         .arg(dir.path().join("state"))
         .args(options)
         .env_remove("NOTIFY_SOCKET")
         .stdin(Stdio::null())
-        .stderr(stderr)
-        .spawn()
-        .unwrap()
+        .stderr(stderr);
+    command
 }
 
 impl Drop for Rig {
