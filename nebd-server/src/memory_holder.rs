@@ -87,6 +87,10 @@ extern "C" fn hold(server: *mut c_void) -> c_int {
     let server = unsafe { BorrowedFd::borrow_raw(server) };
     let mut fds = [PollFd::from_borrowed_fd(server, PollFlags::IN)];
     while rustix::event::poll(&mut fds, None) == Err(rustix::io::Errno::INTR) {}
+    if !fds[0].revents().contains(PollFlags::IN) {
+        // That failed, so the server may live: what it uses must stay.
+        return 1;
+    }
     for ring in &RINGS {
         let start = ptr::without_provenance_mut(ring.start.load(Relaxed));
         // SAFETY: no thread of the server exists any more, and this one uses neither the rings nor
