@@ -9,6 +9,7 @@
 //!  nebd.h ───────────────────────────────────────────────────────► include/nebd.h
 //!  libnebd.h ─────────────► include/nebd/libnebd.h, and a link include/libnebd.h
 //!  nebd.pc.in + what rustc says it needs ────────────────────────► lib/pkgconfig/nebd.pc
+//!  nebd-rbd ─► install_rbd.rs ───────────────────────────────────► lib/nebd/rbd/
 //!  nebd-server, nebdctl ──► bin/, man pages and completions by nebdctl itself
 //! ```
 //!
@@ -30,6 +31,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 
 use crate::cargo::{self, Profile, cargo};
+use crate::install_rbd;
 
 /// The headers, and the version node of the functions that each declares.
 const INTERFACES: [(&str, &str); 2] = [("nebd.h", "NEBD_0.1"), ("libnebd.h", "NEBD_CURVE_1.0")];
@@ -37,7 +39,7 @@ const INTERFACES: [(&str, &str); 2] = [("nebd.h", "NEBD_0.1"), ("libnebd.h", "NE
 const CURVE_LIBRARY: &str = "libnebdclient.so";
 const SONAME: &str = "libnebd.so.0";
 /// What the shared library may need at run time.
-const NEEDED_ALLOWED: [&str; 3] = ["libc.so", "ld-linux", "libgcc_s.so"];
+pub const NEEDED_ALLOWED: [&str; 3] = ["libc.so", "ld-linux", "libgcc_s.so"];
 
 /// Where to install, and what.
 #[derive(Args)]
@@ -77,6 +79,7 @@ pub fn run(args: &InstallArgs) -> Result<Installed> {
         None => prefix.clone(),
     };
     let library = install_library(args, &root, &prefix)?;
+    install_rbd::run(args.profile, args.keep_debug, &library.lib_dir)?;
     let bin_dir = if args.library_only { None } else { Some(install_programs(args, &root)?) };
     println!("installed under {}", root.display());
     Ok(Installed { bin_dir, ..library })
@@ -229,7 +232,7 @@ fn check_shared(shared: &Path, interfaces: &[Interface]) -> Result<()> {
     Ok(())
 }
 
-fn exported_symbols(readelf: &str) -> BTreeSet<String> {
+pub fn exported_symbols(readelf: &str) -> BTreeSet<String> {
     readelf
         .lines()
         .filter_map(|line| {
@@ -242,7 +245,7 @@ fn exported_symbols(readelf: &str) -> BTreeSet<String> {
         .collect()
 }
 
-fn bracketed<'a>(readelf: &'a str, tag: &'a str) -> impl Iterator<Item = &'a str> {
+pub fn bracketed<'a>(readelf: &'a str, tag: &'a str) -> impl Iterator<Item = &'a str> {
     readelf
         .lines()
         .filter(move |line| line.contains(tag))
@@ -295,7 +298,7 @@ fn install_programs(args: &InstallArgs, root: &Path) -> Result<PathBuf> {
 }
 
 /// Copies a file into place by a rename: a program may have the old one mapped.
-fn place(from: &Path, to: &Path, mode: u32) -> Result<()> {
+pub fn place(from: &Path, to: &Path, mode: u32) -> Result<()> {
     let content = fs::read(from).with_context(|| from.display().to_string())?;
     write(to, &content, mode)
 }
@@ -311,7 +314,7 @@ fn write(to: &Path, content: &[u8], mode: u32) -> Result<()> {
     fs::rename(&unfinished, to).with_context(|| to.display().to_string())
 }
 
-fn replace_link(target: &str, link: &Path) -> Result<()> {
+pub fn replace_link(target: &str, link: &Path) -> Result<()> {
     let mut unfinished = link.as_os_str().to_owned();
     unfinished.push(".new");
     let unfinished = PathBuf::from(unfinished);

@@ -7,6 +7,7 @@ mod ci;
 mod curve_example;
 mod demo;
 mod install;
+mod install_rbd;
 mod tidy;
 
 use std::path::{Path, PathBuf};
