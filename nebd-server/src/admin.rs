@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use nebd_rpc::admin::{
     AbortVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, GetVolumeRequest,
-    ResizeVolumeRequest, Status, UnparkVolumeRequest, Volume,
+    LimitVolumeRequest, ResizeVolumeRequest, Status, UnparkVolumeRequest, Volume,
 };
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
@@ -103,6 +103,13 @@ pub trait AdminApi: Send + Sync + 'static {
         &self,
         caller: &Caller,
         request: AbortVolumeRequest,
+    ) -> Result<Volume, AdminError>;
+
+    /// Limits what a volume may have; for root.
+    fn limit_volume(
+        &self,
+        caller: &Caller,
+        request: LimitVolumeRequest,
     ) -> Result<Volume, AdminError>;
 
     /// What the server is doing.

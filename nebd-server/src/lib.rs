@@ -18,6 +18,7 @@ pub mod failpoint;
 pub mod registry;
 pub mod run;
 pub mod session;
+pub mod throttle;
 pub mod volume;
 
 mod control;

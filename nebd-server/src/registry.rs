@@ -14,6 +14,8 @@ use nebd_abi::VolumeName;
 use nebd_backend::VolumeSpec;
 use serde::{Deserialize, Serialize};
 
+use crate::throttle::Limits;
+
 /// Operations whose answers are remembered.
 const OPERATIONS_MAX: usize = 1024;
 
@@ -36,6 +38,9 @@ pub struct Record {
     /// Tells this volume from others that had or will have its name.
     #[serde(default)]
     pub birth: u64,
+    /// What it may have of the host's storage.
+    #[serde(default)]
+    pub limits: Limits,
     /// The last resizes, newest last: what they answered is durable with the size itself.
     #[serde(default)]
     resizes: Vec<Resize>,
@@ -62,6 +67,7 @@ impl Record {
             owner_gid,
             mode,
             birth: birth(),
+            limits: Limits::default(),
             resizes: Vec::new(),
         }
     }

@@ -82,6 +82,8 @@ pub enum Command {
     Park(SessionId, bool),
     /// Take no more requests; tell when the last is answered.
     Drain(SessionId),
+    /// A volume has other limits.
+    LimitsChanged,
     /// Show a sign of life.
     Probe,
 }
@@ -182,6 +184,8 @@ struct Shard {
     by_session: HashMap<(SessionId, u32), usize>,
     /// Keys of queues that are looked at in each pass.
     active: Vec<usize>,
+    /// Keys of queues whose volumes' limits are used up, and until when.
+    throttled: Vec<(Instant, usize)>,
     /// Requests at the backend, over all queues.
     in_flight: usize,
     done: Vec<Done>,
@@ -208,6 +212,7 @@ impl Shard {
             queues: Vec::new(),
             by_session: HashMap::new(),
             active: Vec::new(),
+            throttled: Vec::new(),
             in_flight: 0,
             done: Vec::with_capacity(256),
             touched: Vec::with_capacity(256),
@@ -241,6 +246,7 @@ impl Shard {
             self.obey(command);
             busy = true;
         }
+        self.resume_throttled(false);
         let mut at = 0;
         while at < self.active.len() {
             let key = self.active[at];
@@ -250,6 +256,10 @@ impl Shard {
             let still_here = self.active.get(at) == Some(&key);
             match served {
                 Served::Asleep if still_here => _ = self.active.swap_remove(at),
+                Served::Throttled(until) if still_here => {
+                    self.active.swap_remove(at);
+                    self.throttle(key, until);
+                }
                 _ if still_here => at += 1,
                 _ => {}
             }
@@ -275,6 +285,31 @@ impl Shard {
                 self.finish_if_drained(key);
                 Served::Asleep
             }
+        }
+    }
+
+    fn throttle(&mut self, key: usize, until: Instant) {
+        if let Some(task) = self.queues[key].as_mut()
+            && !std::mem::replace(&mut task.throttled, true)
+        {
+            self.throttled.push((until, key));
+        }
+    }
+
+    /// Has those served again whose time has come, or all. A key may belong to another queue by
+    /// now, which is then looked at once for nothing.
+    fn resume_throttled(&mut self, all: bool) {
+        if self.throttled.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        let is_due = |(until, _): &mut (Instant, usize)| all || *until <= now;
+        let due: Vec<usize> = self.throttled.extract_if(.., is_due).map(|(_, key)| key).collect();
+        for key in due {
+            if let Some(task) = self.queues.get_mut(key).and_then(Option::as_mut) {
+                task.throttled = false;
+            }
+            self.activate(key);
         }
     }
 
@@ -325,6 +360,7 @@ impl Shard {
                 task.set_parked(&mut shard.lane, &shard.context, parked);
             }),
             Command::Drain(session) => self.with_session(session, |task, _| task.drain()),
+            Command::LimitsChanged => self.resume_throttled(true),
             Command::Probe => self.context.host.pong(1 + self.index),
         }
     }
@@ -412,7 +448,7 @@ impl Shard {
                     task.active = false;
                 }
             }
-            self.poll((self.in_flight > 0).then_some(HEARTBEAT));
+            self.poll(self.patience());
             self.lane.wake();
             self.beat();
         } else {
@@ -423,6 +459,14 @@ impl Shard {
                 }
             }
         }
+    }
+
+    /// How long it may sleep.
+    fn patience(&self) -> Option<Duration> {
+        let heartbeat = (self.in_flight > 0 || !self.throttled.is_empty()).then_some(HEARTBEAT);
+        let next = self.throttled.iter().map(|(until, _)| *until).min();
+        let next = next.map(|until| until.saturating_duration_since(Instant::now()));
+        heartbeat.into_iter().chain(next).min()
     }
 
     /// Looks at the doorbells; `None` waits without limit.
@@ -448,7 +492,8 @@ impl Shard {
 
     /// Shows clients with requests in flight that somebody lives, and looks for stalls.
     fn beat(&mut self) {
-        if self.in_flight == 0 || self.heartbeat_at.elapsed() < HEARTBEAT {
+        let waits = self.in_flight > 0 || !self.throttled.is_empty();
+        if !waits || self.heartbeat_at.elapsed() < HEARTBEAT {
             return;
         }
         self.heartbeat_at = Instant::now();

@@ -7,6 +7,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use nebd_abi::{Epoch, Fence, VolumeName};
 use nebd_backend::{BackendError, Capabilities, Opened, Volume};
 
+use crate::throttle::{Limits, Throttle};
+
 /// A volume opened as its owner.
 pub struct OpenVolume {
     /// Its name.
@@ -26,11 +28,19 @@ pub struct OpenVolume {
     parked: Mutex<Option<String>>,
     /// Size as last told to sessions.
     pub size: AtomicU64,
+    /// What its sessions together may have.
+    pub throttle: Throttle,
 }
 
 impl OpenVolume {
     /// A volume just opened.
-    pub fn new(name: VolumeName, block_size: u32, epoch: Epoch, opened: Opened) -> OpenVolume {
+    pub fn new(
+        name: VolumeName,
+        block_size: u32,
+        epoch: Epoch,
+        opened: Opened,
+        limits: &Limits,
+    ) -> OpenVolume {
         OpenVolume {
             name,
             block_size,
@@ -42,6 +52,7 @@ impl OpenVolume {
             volume_id: opened.volume_id,
             sequence: Mutex::default(),
             parked: Mutex::default(),
+            throttle: Throttle::new(limits),
         }
     }
 

@@ -106,6 +106,11 @@ pub enum VolumeCommand {
     /// is told goes to standard error.
     #[command(after_help = EXIT_CODES)]
     Export(ExportArgs),
+    /// Limit what a volume may have of the host's storage
+    ///
+    /// At once, for all of its sessions together, and kept over restarts; for root. What is not given
+    /// stays as it is, and none means no limit.
+    Limit(LimitArgs),
     /// Serve a parked volume again, and give its suspect request another chance
     Unpark(NamedArgs),
     /// Serve a parked volume again, and answer its suspect request with EIO
@@ -164,6 +169,41 @@ pub struct ResizeArgs {
     /// How to print
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+/// New limits.
+#[derive(Debug, Args)]
+#[group(id = "limits", required = true, multiple = true, args = ["iops", "bandwidth", "burst"])]
+pub struct LimitArgs {
+    /// The volume, BACKEND:NAME
+    #[arg(value_name = "VOLUME")]
+    pub name: VolumeName,
+    /// Requests a second
+    #[arg(long, value_name = "N|none", value_parser = iops)]
+    pub iops: Option<u64>,
+    /// Bytes read and written a second, such as 100MiB
+    #[arg(long, value_name = "SIZE|none", value_parser = bandwidth)]
+    pub bandwidth: Option<u64>,
+    /// What an idle volume saves up, in milliseconds at its limits
+    #[arg(long, value_name = "MS")]
+    pub burst: Option<u64>,
+    /// How to print
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+fn iops(text: &str) -> Result<u64, String> {
+    match text {
+        "none" => Ok(0),
+        _ => text.parse().map_err(|_| "it is a number, or none".to_owned()),
+    }
+}
+
+fn bandwidth(text: &str) -> Result<u64, String> {
+    match text {
+        "none" => Ok(0),
+        _ => text.parse::<Size>().map(|size| size.0).map_err(|error| error.to_string()),
+    }
 }
 
 /// Format of an image that is read.
@@ -376,6 +416,8 @@ mod tests {
         for line in [
             "nebdctl --socket /tmp/s volume create file:disk1 --size 64MiB",
             "nebdctl volume create file:x --path /dev/vdb --owner 1:2 --mode 0660 --block-size 512",
+            "nebdctl volume limit file:x --iops 500 --bandwidth 100MiB --burst 1000 --json",
+            "nebdctl volume limit file:x --iops none",
             "nebdctl volume resize file:x --size 1G --shrink --json --socket /tmp/s",
             "nebdctl volume abort file:x",
             "nebdctl volume import - file:x --size 1G --format raw --overwrite --no-verify --json",

@@ -17,6 +17,9 @@ pub struct Volume {
     parked: bool,
     parked_reason: Option<String>,
     epoch: Option<String>,
+    iops_limit: u64,
+    bytes_per_s_limit: u64,
+    burst_ms: u64,
 }
 
 /// The server.
@@ -82,6 +85,9 @@ impl From<&admin::Volume> for Volume {
             parked: volume.parked,
             parked_reason: filled(&volume.parked_reason),
             epoch: filled(&volume.epoch),
+            iops_limit: volume.iops_limit,
+            bytes_per_s_limit: volume.bytes_per_s_limit,
+            burst_ms: volume.burst_ms,
         }
     }
 }

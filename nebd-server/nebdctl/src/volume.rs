@@ -6,11 +6,11 @@ use std::path::Path;
 use anyhow::Context as _;
 use nebd_rpc::admin::{
     AbortVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, GetVolumeRequest,
-    ListVolumesRequest, ResizeVolumeRequest, UnparkVolumeRequest, Volume,
+    LimitVolumeRequest, ListVolumesRequest, ResizeVolumeRequest, UnparkVolumeRequest, Volume,
 };
 use serde::Serialize;
 
-use crate::cli::{CreateArgs, OutputArgs, VolumeCommand};
+use crate::cli::{CreateArgs, LimitArgs, OutputArgs, VolumeCommand};
 use crate::connection::{Connection, operation_id};
 use crate::failure::Failure;
 use crate::image;
@@ -46,6 +46,11 @@ pub fn run(
         VolumeCommand::Delete(args) => {
             delete(connection, args.name.as_str())?;
             deleted(args.name.as_str(), args.output)
+        }
+        VolumeCommand::Limit(args) => {
+            let volume = limit(connection, &args)?;
+            let text = format!("{}: {}\n", volume.name, limits(&volume));
+            print(&volume, text, args.output)
         }
         VolumeCommand::Unpark(args) => {
             let request = UnparkVolumeRequest { name: args.name.to_string() };
@@ -108,6 +113,31 @@ pub fn resize(
         let request = request.clone();
         async move { c.resize_volume(request).await }
     })
+}
+
+fn limit(connection: &Connection, args: &LimitArgs) -> Result<Volume, Failure> {
+    let request = LimitVolumeRequest {
+        name: args.name.to_string(),
+        iops: args.iops,
+        bytes_per_s: args.bandwidth,
+        burst_ms: args.burst,
+    };
+    connection.call(|mut c| {
+        let request = request.clone();
+        async move { c.limit_volume(request).await }
+    })
+}
+
+/// What a volume may have, for people.
+fn limits(volume: &Volume) -> String {
+    let iops = (volume.iops_limit > 0).then(|| format!("{} IOPS", volume.iops_limit));
+    let bytes = (volume.bytes_per_s_limit > 0)
+        .then(|| format!("{} a second", Size(volume.bytes_per_s_limit)));
+    let parts: Vec<String> = iops.into_iter().chain(bytes).collect();
+    if parts.is_empty() {
+        return "no limits".into();
+    }
+    format!("{}, bursts of {} ms", parts.join(", "), volume.burst_ms)
 }
 
 /// Deletes a volume.
@@ -251,6 +281,7 @@ fn info(volume: &Volume) -> String {
     line("path", dash(&volume.path));
     line("sessions", volume.sessions.to_string());
     line("epoch", dash(&volume.epoch));
+    line("limits", limits(volume));
     line("state", state(volume).into());
     if let Some(advice) = parked_advice(volume) {
         let _ = writeln!(text, "\n{advice}");

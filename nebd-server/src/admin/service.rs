@@ -5,8 +5,8 @@ use std::sync::Arc;
 use nebd_rpc::admin::admin_server::{Admin, AdminServer};
 use nebd_rpc::admin::{
     AbortVolumeRequest, CreateVolumeRequest, DeleteVolumeReply, DeleteVolumeRequest,
-    GetStatusRequest, GetVolumeRequest, ListVolumesReply, ListVolumesRequest, ResizeVolumeRequest,
-    Status as ServerStatus, UnparkVolumeRequest, Volume,
+    GetStatusRequest, GetVolumeRequest, LimitVolumeRequest, ListVolumesReply, ListVolumesRequest,
+    ResizeVolumeRequest, Status as ServerStatus, UnparkVolumeRequest, Volume,
 };
 use tokio::sync::Semaphore;
 use tonic::transport::server::UdsConnectInfo;
@@ -124,6 +124,13 @@ impl Admin for Service {
         request: Request<AbortVolumeRequest>,
     ) -> Result<Response<Volume>, Status> {
         self.call(request, |api, caller, request| api.abort_volume(caller, request)).await
+    }
+
+    async fn limit_volume(
+        &self,
+        request: Request<LimitVolumeRequest>,
+    ) -> Result<Response<Volume>, Status> {
+        self.call(request, |api, caller, request| api.limit_volume(caller, request)).await
     }
 
     async fn get_status(

@@ -79,6 +79,10 @@ impl AdminApi for Fake {
         Err(AdminError::Denied { volume: request.name, uid: caller.uid, action: "abort it" })
     }
 
+    fn limit_volume(&self, _: &Caller, request: LimitVolumeRequest) -> Result<Volume, AdminError> {
+        self.find(&request.name)
+    }
+
     fn status(&self, _: &Caller) -> Result<Status, AdminError> {
         Ok(Status { pid: std::process::id(), ..Status::default() })
     }

@@ -230,8 +230,12 @@ impl Server {
                 self.registry.record(name).ok_or_else(|| BackendError::NotFound(name.clone()))?;
             let opened = backend.open(&record.spec(name), &context)?;
             let epoch = Epoch::new(opened.major, self.generation);
-            Ok(OpenVolume::new(name.clone(), record.block_size, epoch, opened))
+            Ok(OpenVolume::new(name.clone(), record.block_size, epoch, opened, &record.limits))
         })?;
+        if let Some(record) = self.registry.record(name) {
+            // They may have changed while it was being opened.
+            volume.throttle.set(&record.limits);
+        }
         if attachment.incarnation != 0 && attachment.incarnation != volume.incarnation {
             self.volumes.release(name);
             return Err(AttachError::Lost(name.clone()));

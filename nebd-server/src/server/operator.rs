@@ -15,6 +15,7 @@ use crate::quarantine::DEATHS_SUSPECT;
 use crate::registry::{Record, RegistryError};
 use crate::session::Session;
 use crate::shard::Command;
+use crate::throttle::{BURST_MS_MAX, Limits};
 
 /// Smallest volume.
 const VOLUME_BYTES_MIN: u64 = 1 << 20;
@@ -80,6 +81,9 @@ impl Server {
             parked: parked.is_some(),
             parked_reason: parked.unwrap_or_default(),
             epoch: open.map_or(String::new(), |volume| volume.epoch.to_string()),
+            iops_limit: record.limits.iops,
+            bytes_per_s_limit: record.limits.bytes_per_s,
+            burst_ms: record.limits.burst_ms,
         }
     }
 
@@ -183,7 +187,13 @@ impl Server {
         let volume = self.volumes.acquire(name, || {
             let opened = backend.open(&record.spec(name), &context)?;
             let epoch = nebd_abi::Epoch::new(opened.major, self.generation);
-            Ok(crate::volume::OpenVolume::new(name.clone(), record.block_size, epoch, opened))
+            Ok(crate::volume::OpenVolume::new(
+                name.clone(),
+                record.block_size,
+                epoch,
+                opened,
+                &record.limits,
+            ))
         })?;
         let resized = self.resize_open(&volume, size);
         drop(volume);
@@ -416,6 +426,42 @@ impl AdminApi for Server {
         request: admin::AbortVolumeRequest,
     ) -> Result<admin::Volume, AdminError> {
         self.unpark(caller, &request.name, true)
+    }
+
+    fn limit_volume(
+        &self,
+        caller: &Caller,
+        request: admin::LimitVolumeRequest,
+    ) -> Result<admin::Volume, AdminError> {
+        let name: VolumeName = request.name.parse()?;
+        let action = "limit it";
+        // A resize writes the same record.
+        let _turn = self.resize.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut record = self.record_for(caller, &name, action, false)?;
+        if !caller.is_root() {
+            // Its owner may be who is to be limited.
+            return Err(AdminError::Denied { volume: name.to_string(), uid: caller.uid, action });
+        }
+        let Limits { iops, bytes_per_s, burst_ms } = &mut record.limits;
+        *iops = request.iops.unwrap_or(*iops);
+        *bytes_per_s = request.bytes_per_s.unwrap_or(*bytes_per_s);
+        *burst_ms = request.burst_ms.unwrap_or(*burst_ms);
+        if *burst_ms > BURST_MS_MAX {
+            return Err(AdminError::Invalid {
+                volume: name.to_string(),
+                field: "burst",
+                value: format!("{burst_ms} ms"),
+                rule: "it is at most an hour",
+            });
+        }
+        let limits = record.limits;
+        self.registry.put(&name, record.clone()).map_err(registry_error(&name, action))?;
+        if let Some(open) = self.volumes.open(&name) {
+            open.throttle.set(&limits);
+            self.shards.iter().for_each(|shard| shard.send(Command::LimitsChanged));
+        }
+        tracing::info!(volume = %name, ?limits, uid = caller.uid, "volume limited");
+        Ok(self.describe(&name, &record))
     }
 
     fn status(&self, caller: &Caller) -> Result<admin::Status, AdminError> {

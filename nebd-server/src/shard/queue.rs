@@ -22,6 +22,8 @@ pub(super) enum Served {
     None,
     /// There have been none for long: it waits for its doorbell.
     Asleep,
+    /// The volume's limits are used up until then.
+    Throttled(Instant),
 }
 
 /// Turns without a request after which a queue of a busy shard goes to sleep.
@@ -49,6 +51,8 @@ pub(super) struct QueueTask {
     pub(super) ring: ServerQueue,
     pub(super) active: bool,
     pub(super) touched: bool,
+    /// Waits for its volume's limits.
+    pub(super) throttled: bool,
     pub(super) in_flight_count: usize,
     key: usize,
     ringer: Rc<Ringer>,
@@ -83,6 +87,7 @@ impl QueueTask {
             ring: setup.ring,
             active: false,
             touched: false,
+            throttled: false,
             in_flight_count: 0,
             answered_inline: false,
             draining: false,
@@ -123,7 +128,12 @@ impl QueueTask {
             return Ok(Served::Asleep);
         }
         let (mut taken, mut bytes) = (0, 0);
+        let mut closed_until = None;
         while taken < context.batch && bytes < TURN_BYTES_MAX {
+            closed_until = self.session.volume.throttle.closed_until();
+            if closed_until.is_some() {
+                break;
+            }
             let Some(request) = self.ring.pop()? else { break };
             crate::failpoint!("after-pop");
             self.dispatch(lane, context, &request, false);
@@ -133,6 +143,10 @@ impl QueueTask {
         if self.answered_inline {
             self.answered_inline = false;
             self.call_if_needed();
+        }
+        if let Some(until) = closed_until {
+            self.active = false;
+            return Ok(Served::Throttled(until));
         }
         if taken > 0 {
             self.idle_turns = 0;
@@ -175,6 +189,10 @@ impl QueueTask {
             // Only a client that rewrites a slot in flight gets here; its memory must not be
             // handed out twice, and its other request is answered first.
             return;
+        }
+        if translated.op != Op::Flush {
+            let bytes = if translated.op.has_data() { request.length } else { 0 };
+            self.session.volume.throttle.charge(bytes);
         }
         let ledger_slot = self.ledger_base + request.slot;
         self.session.ledger.dispatch(ledger_slot, request.seq, context.generation);
@@ -320,7 +338,7 @@ impl QueueTask {
     }
 
     pub(super) fn beat(&mut self, now: Instant, stall_alarm: Duration) {
-        if self.in_flight_count == 0 {
+        if self.in_flight_count == 0 && !self.throttled {
             return;
         }
         self.session.region.header().heartbeat.fetch_add(1, Relaxed);

@@ -46,8 +46,11 @@ fn volumes_and_status() {
         parked: true,
         parked_reason: "j".into(),
         epoch: "k".into(),
+        iops_limit: 12,
+        bytes_per_s_limit: 13,
+        burst_ms: 14,
     };
-    check(volume, "0a0161100218032004280530063a01674008480152016a5a016b");
+    check(volume, "0a0161100218032004280530063a01674008480152016a5a016b600c680d700e");
     let session = Session {
         id: "a".into(),
         volume: "b".into(),

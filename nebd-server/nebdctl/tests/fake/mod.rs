@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex};
 use nebd_rpc::admin::admin_server::{Admin, AdminServer};
 use nebd_rpc::admin::{
     AbortVolumeRequest, CreateVolumeRequest, DeleteVolumeReply, DeleteVolumeRequest,
-    GetStatusRequest, GetVolumeRequest, ListVolumesReply, ListVolumesRequest, ResizeVolumeRequest,
-    Status as ServerStatus, UnparkVolumeRequest, Volume,
+    GetStatusRequest, GetVolumeRequest, LimitVolumeRequest, ListVolumesReply, ListVolumesRequest,
+    ResizeVolumeRequest, Status as ServerStatus, UnparkVolumeRequest, Volume,
 };
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status};
@@ -150,6 +150,17 @@ impl Admin for Service {
 
     async fn abort_volume(&self, request: Request<AbortVolumeRequest>) -> Answer<Volume> {
         self.change(&request.into_inner().name, |volume| volume.clone()).map(Response::new)
+    }
+
+    async fn limit_volume(&self, request: Request<LimitVolumeRequest>) -> Answer<Volume> {
+        let request = request.into_inner();
+        self.change(&request.name, |volume| {
+            volume.iops_limit = request.iops.unwrap_or(volume.iops_limit);
+            volume.bytes_per_s_limit = request.bytes_per_s.unwrap_or(volume.bytes_per_s_limit);
+            volume.burst_ms = request.burst_ms.unwrap_or(volume.burst_ms);
+            volume.clone()
+        })
+        .map(Response::new)
     }
 
     async fn get_status(&self, _: Request<GetStatusRequest>) -> Answer<ServerStatus> {
