@@ -252,7 +252,7 @@ impl Host {
     }
 
     /// Kills the serving server, and waits until the keeper names another.
-    fn kill_server(&self) -> Result<()> {
+    pub fn kill_server(&self) -> Result<()> {
         let victim = self.server_pid().context("there is no server to kill")?;
         kill_process(victim, Signal::KILL).context("killing the server")?;
         let deadline = Instant::now() + PATIENCE;

@@ -12,6 +12,7 @@ use clap::Args;
 use crate::c_example::{self, CExampleArgs};
 use crate::cargo::{self, Profile, cargo, cargo_nightly};
 use crate::curve_example;
+use crate::hypervisors::{self, HypervisorsArgs};
 
 /// Which steps.
 #[derive(Args)]
@@ -46,7 +47,7 @@ const fn step(name: &'static str, run: fn(&CiArgs) -> Result<Ran>) -> Step {
 }
 
 /// The cheap ones first; those that need another toolchain or target directory last.
-const STEPS: [Step; 13] = [
+const STEPS: [Step; 14] = [
     step("packages", packages),
     step("fmt", fmt),
     step("tidy", tidy),
@@ -56,6 +57,7 @@ const STEPS: [Step; 13] = [
     step("crash-tests", crash_tests),
     step("c-example", c_example),
     step("curve-example", curve_example),
+    step("hypervisors", hypervisors),
     step("loom", loom),
     step("address-sanitizer", address_sanitizer),
     step("fuzz", fuzz),
@@ -214,6 +216,14 @@ fn curve_example(_: &CiArgs) -> Result<Ran> {
     let args = CExampleArgs { seconds: 5, kills: 5, profile: Profile::Dev, no_run: false };
     curve_example::run(&args)?;
     Ok(Ran::Yes)
+}
+
+fn hypervisors(_: &CiArgs) -> Result<Ran> {
+    let args = HypervisorsArgs { guest_seconds: 12, profile: Profile::Dev };
+    Ok(match hypervisors::run(&args)? {
+        Some(reason) => Ran::No(reason),
+        None => Ran::Yes,
+    })
 }
 
 fn loom(_: &CiArgs) -> Result<Ran> {

@@ -1,11 +1,12 @@
-//! The project's chores: `cargo xtask ci | tidy | demo | install | c-example |
-//! curve-example`.
+//! The project's chores: `cargo xtask ci | tidy | demo | install | c-example | curve-example |
+//! hypervisors`.
 
 mod c_example;
 mod cargo;
 mod ci;
 mod curve_example;
 mod demo;
+mod hypervisors;
 mod install;
 mod install_rbd;
 mod tidy;
@@ -32,6 +33,8 @@ enum Chore {
     CExample(c_example::CExampleArgs),
     /// The same with the programs for Curve's API, in C and in C++.
     CurveExample(c_example::CExampleArgs),
+    /// The commands of docs/hypervisors.md, a guest among them, while their server is killed.
+    Hypervisors(hypervisors::HypervisorsArgs),
 }
 
 fn main() -> ExitCode {
@@ -52,6 +55,10 @@ fn run(chore: Chore) -> Result<()> {
         Chore::Install(args) => install::run(&args).map(|_| ()),
         Chore::CExample(args) => c_example::run(&args),
         Chore::CurveExample(args) => curve_example::run(&args),
+        Chore::Hypervisors(args) => match hypervisors::run(&args)? {
+            Some(reason) => anyhow::bail!("not possible here: {reason}"),
+            None => Ok(()),
+        },
     }
 }
 
