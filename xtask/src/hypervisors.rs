@@ -1,0 +1,283 @@
+//! QEMU, its tools and fio on nebd volumes, with the commands of docs/hypervisors.md, while the
+//! server is killed.
+//!
+//! ```text
+//!  docs/hypervisors.md ── blocks ci=NAME ──► bash, in a directory of its own ──► has to succeed
+//!                                              ▲
+//!  init.c ── cc -static ──► initrd ────────────┘ ci=guest: has to say GUEST-DONE, and no error
+//!  host: SIGKILL of the server at once, and then every half second, until the block is done
+//! ```
+
+mod document;
+mod guest;
+mod qemu;
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle, sleep};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use rustix::process::{Pid, Signal, kill_process_group};
+
+use crate::c_example::Host;
+use crate::cargo::{self, Profile};
+use crate::install::Installed;
+
+use document::Document;
+use qemu::Kernel;
+
+/// Blocks of the page, each of which is run: the first two by name, the others in this order.
+const BLOCKS: [&str; 13] = [
+    "install",
+    "environment",
+    "create",
+    "info",
+    "guest",
+    "convert",
+    "compare",
+    "qemu-io",
+    "bench",
+    "fio",
+    "resize",
+    "verify",
+    "delete",
+];
+/// A block that takes longer hangs.
+const PATIENCE: Duration = Duration::from_secs(90);
+/// From the start of a block to the first kill: the program is opening its volume then.
+const KILL_FIRST: Duration = Duration::from_millis(15);
+/// Between two kills.
+const KILL_EVERY: Duration = Duration::from_millis(500);
+/// What QEMU does where there is no usable `/dev/kvm` is good enough everywhere.
+const KERNEL_OPTIONS: &str =
+    "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check";
+
+/// How long.
+#[derive(Args)]
+pub struct HypervisorsArgs {
+    /// Seconds that the guest writes and verifies.
+    #[arg(long, default_value_t = 12)]
+    pub guest_seconds: u32,
+    /// How to compile the library and the programs.
+    #[arg(long, value_enum, default_value = "dev")]
+    pub profile: Profile,
+}
+
+/// Runs all blocks. Returns why that is not possible here, if it is not.
+pub fn run(args: &HypervisorsArgs) -> Result<Option<String>> {
+    let work_dir = cargo::target_dir()?.join("hypervisors");
+    fs::create_dir_all(&work_dir)?;
+    if let Some(reason) = qemu::install(&work_dir)? {
+        return Ok(Some(reason));
+    }
+    let kernel = match Kernel::fetch(&work_dir)? {
+        Ok(kernel) => kernel,
+        Err(reason) => return Ok(Some(reason)),
+    };
+    let document = Document::read()?;
+    document.expect_only(&BLOCKS)?;
+    let installed = install(&document, args.profile, &work_dir)?;
+    let initrd = guest::build(&work_dir, &kernel, args.guest_seconds)?;
+    let host = Host::start(&installed)?;
+    let scratch = Scratch::make(&work_dir)?;
+    let run = Run { document: &document, host: &host, prefix: work_dir.join("prefix"), scratch };
+    for name in &BLOCKS[2..] {
+        match *name {
+            "guest" => run.guest(&kernel, &initrd)?,
+            name => run.block(name)?,
+        }
+    }
+    drop(run);
+    host.stop()?;
+    Ok(None)
+}
+
+/// Installs with the page's own line, only quicker to build.
+fn install(document: &Document, profile: Profile, work_dir: &Path) -> Result<Installed> {
+    let prefix = work_dir.join("prefix");
+    let line = document.block("install")?.trim_end();
+    let line = format!("{line} --profile {} --keep-debug", profile.name());
+    let mut bash = Command::new("bash");
+    bash.arg("-euc").arg(line).env("PREFIX", &prefix).current_dir(crate::repo_root());
+    cargo::run(&mut bash)?;
+    Ok(Installed {
+        pkgconfig_dir: prefix.join("lib/pkgconfig"),
+        lib_dir: prefix.join("lib"),
+        bin_dir: Some(prefix.join("bin")),
+    })
+}
+
+/// Files of the examples, removed at the end.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn make(work_dir: &Path) -> Result<Scratch> {
+        let dir = work_dir.join("scratch");
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir_all(&dir)?;
+        // What cannot be guessed: a third random, a third zeros, a third a pattern.
+        let mut image = vec![0; 48 << 20];
+        fs::File::open("/dev/urandom")?.read_exact(&mut image[..16 << 20])?;
+        image[32 << 20..].iter_mut().enumerate().for_each(|(i, byte)| *byte = (i >> 12) as u8);
+        fs::write(dir.join("disk.raw"), image)?;
+        cargo::run(
+            Command::new("qemu-img")
+                .args(["convert", "-f", "raw", "-O", "qcow2", "disk.raw", "disk.qcow2"])
+                .current_dir(&dir),
+        )?;
+        Ok(Scratch(dir))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+struct Run<'a> {
+    document: &'a Document,
+    host: &'a Host,
+    prefix: PathBuf,
+    scratch: Scratch,
+}
+
+impl Run<'_> {
+    fn block(&self, name: &str) -> Result<()> {
+        let text = self.under_kills(name, &[])?;
+        ensure!(!text.contains("Pattern verification failed"), "{name}: wrong bytes");
+        Ok(())
+    }
+
+    /// The guest says how it went on its console; QEMU's library says how it reached the memory.
+    fn guest(&self, kernel: &Kernel, initrd: &Path) -> Result<()> {
+        let (image, initrd) = (kernel.image.to_string_lossy(), initrd.to_string_lossy());
+        let arguments = ["-kernel", &*image, "-initrd", &*initrd, "-append", KERNEL_OPTIONS];
+        let text = self.under_kills("guest", &arguments)?;
+        ensure!(text.contains("GUEST-DONE"), "the guest did not finish");
+        for sign in ["GUEST-FAILED", "GUEST-WRONG", "I/O error", "Kernel panic"] {
+            ensure!(!text.contains(sign), "the guest met an error: {sign}");
+        }
+        let (in_memory, copied) = requests(&text).context("the library told no numbers")?;
+        ensure!(in_memory > 100, "guest memory was not used in place: {in_memory} requests");
+        ensure!(copied * 20 < in_memory, "{copied} requests were copied, {in_memory} were not");
+        Ok(())
+    }
+
+    /// Runs a block while the server is killed; returns all that it printed.
+    fn under_kills(&self, name: &str, arguments: &[&str]) -> Result<String> {
+        let script =
+            format!("{}\n{}", self.document.block("environment")?, self.document.block(name)?);
+        println!("---- docs/hypervisors.md: {name}");
+        let mut bash = Command::new("bash");
+        bash.args(["-euo", "pipefail", "-c", &script, name]).args(arguments);
+        bash.env("PREFIX", &self.prefix).env("NEBD_SOCKET", self.host.socket());
+        bash.env("NEBD_LOG", "1").env("ACCEL", "tcg").current_dir(&self.scratch.0);
+        bash.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        // Of its own, so that whatever hangs can be ended as one.
+        bash.process_group(0);
+        let begin = Instant::now();
+        let mut block = Block::start(&mut bash)?;
+        let kills = self.kill_until_done(&mut block);
+        let status = block.end()?;
+        let kills = kills.with_context(|| format!("block {name}"))?;
+        ensure!(status.success(), "block {name}: {status}");
+        ensure!(kills > 0, "block {name}: it was over before the server could be killed");
+        let seconds = begin.elapsed().as_secs_f64();
+        println!("---- {name}: done in {seconds:.1} s, {kills} kills of the server, no error");
+        Ok(block.text())
+    }
+
+    fn kill_until_done(&self, block: &mut Block) -> Result<u32> {
+        let begin = Instant::now();
+        let (mut kills, mut next) = (0, begin + KILL_FIRST);
+        while block.child.try_wait()?.is_none() {
+            ensure!(begin.elapsed() < PATIENCE, "not done within {} s", PATIENCE.as_secs());
+            if Instant::now() >= next {
+                self.host.kill_server()?;
+                kills += 1;
+                next = Instant::now() + KILL_EVERY;
+            }
+            sleep(Duration::from_millis(5));
+        }
+        Ok(kills)
+    }
+}
+
+/// How many requests were in guest memory, and how many were copied.
+fn requests(text: &str) -> Option<(u64, u64)> {
+    let line = text.lines().find(|line| line.contains("requests in guest memory"))?;
+    let before = |words: &str| line.split_once(words)?.0.rsplit(' ').next()?.parse().ok();
+    Some((before(" requests in guest memory")?, before(" copied")?))
+}
+
+/// A block that runs, and what it has printed.
+struct Block {
+    child: Child,
+    readers: Vec<JoinHandle<()>>,
+    text: Arc<Mutex<String>>,
+}
+
+impl Block {
+    fn start(command: &mut Command) -> Result<Block> {
+        let mut child = command.spawn().context("bash")?;
+        let text = Arc::new(Mutex::new(String::new()));
+        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+        let readers = [
+            stdout.map(|stdout| follow(stdout, &text)),
+            stderr.map(|stderr| follow(stderr, &text)),
+        ];
+        Ok(Block { child, readers: readers.into_iter().flatten().collect(), text })
+    }
+
+    /// Ends what still runs, and waits for the last of the output.
+    fn end(&mut self) -> Result<std::process::ExitStatus> {
+        if self.child.try_wait()?.is_none() {
+            // Its own group, and the leader is not reaped yet.
+            kill_process_group(Pid::from_child(&self.child), Signal::KILL)?;
+        }
+        let status = self.child.wait()?;
+        for reader in self.readers.drain(..) {
+            if reader.join().is_err() {
+                bail!("a reader of the output panicked");
+            }
+        }
+        Ok(status)
+    }
+
+    fn text(&self) -> String {
+        self.text.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Prints and keeps what comes.
+fn follow(from: impl Read + Send + 'static, text: &Arc<Mutex<String>>) -> JoinHandle<()> {
+    let text = text.clone();
+    thread::spawn(move || {
+        for line in BufReader::new(from).split(b'\n').map_while(Result::ok) {
+            let line = String::from_utf8_lossy(&line);
+            println!("{line}");
+            let mut text = text.lock().unwrap_or_else(PoisonError::into_inner);
+            text.push_str(&line);
+            text.push('\n');
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_the_library_s_numbers() {
+        let text = "GUEST-DONE\nnebd: file:g: 933 requests in guest memory, 2 copied, 8 of parts\n";
+        assert_eq!(requests(text), Some((933, 2)));
+        assert_eq!(requests("GUEST-DONE\n"), None);
+    }
+}
