@@ -134,7 +134,7 @@ int nebd_options_set_connect_timeout_ms(nebd_options *options, uint64_t millisec
 int nebd_options_set_io_timeout_ms(nebd_options *options, uint64_t milliseconds);
 /* Requests wait this long without any completion before NEBD_EVENT_STALLED. Default 1 s. */
 int nebd_options_set_stall_after_ms(nebd_options *options, uint64_t milliseconds);
-/* Longest spin of a waiting call before it sleeps; 0 never spins. Default 20 us. */
+/* Longest spin of a waiting call before it sleeps; tried only while it pays; 0 never spins. Default 100 us. */
 int nebd_options_set_spin_us(nebd_options *options, uint64_t microseconds);
 
 enum {

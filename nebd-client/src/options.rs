@@ -89,7 +89,7 @@ impl Default for Options {
             stall_after: Duration::from_secs(1),
             connect_timeout: Duration::from_secs(10),
             io_timeout: None,
-            spin: Duration::from_micros(20),
+            spin: Duration::from_micros(100),
             on_event: None,
         }
     }

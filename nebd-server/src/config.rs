@@ -99,7 +99,7 @@ impl Default for Access {
 
 impl Default for Ring {
     fn default() -> Self {
-        Ring { spin_us: 20, batch: 64, stall_alarm_ms: 10_000 }
+        Ring { spin_us: 100, batch: 64, stall_alarm_ms: 10_000 }
     }
 }
 
