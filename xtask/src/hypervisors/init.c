@@ -1,4 +1,6 @@
-/* The only program of the guest: stamps and verifies its disk, tells how it went on the console, and
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The only program of the guest: stamps and verifies its disk, tells how it went on the console, and
  * powers off. Compiled with `cc -static`; SECONDS is how long.
  *
  * Four processes have a quarter of the disk each. A sector's stamp is its number and how often it
