@@ -172,11 +172,20 @@ impl MemVolume {
         match request.op {
             Op::Flush => Ok(()),
             Op::Discard | Op::WriteZeroes if length == 0 => Ok(()),
-            Op::Discard | Op::WriteZeroes => self.punch(offset, length),
+            Op::Discard | Op::WriteZeroes => {
+                self.punch(offset, length)?;
+                let map = self.map.read().unwrap_or_else(PoisonError::into_inner);
+                map.forget(offset, length);
+                Ok(())
+            }
             Op::Read | Op::Write => {
                 let map = self.map.read().unwrap_or_else(PoisonError::into_inner);
-                let is_write = request.op == Op::Write;
-                map.copy(offset, request.segments.as_slice(), is_write).ok_or(Errno::IO)
+                let segments = request.segments.as_slice();
+                let copied = match request.op {
+                    Op::Write => map.write(offset, segments),
+                    _ => map.read(&self.file, offset, segments),
+                };
+                copied.ok_or(Errno::IO)
             }
         }
     }

@@ -37,6 +37,43 @@ fn reads_back_discards_and_zeroes() {
 }
 
 #[test]
+fn reading_what_was_never_written_takes_no_memory() {
+    use std::os::unix::fs::MetadataExt;
+    const SIZE: usize = 64 << 20;
+    let store = TestStore::new();
+    let (volume, mut shard) = (open(&store, SIZE as u64, None).unwrap().volume, Shard::new());
+    let allocated = || {
+        let file = std::fs::File::from(store.fetch("m.a").unwrap());
+        file.metadata().unwrap().blocks() * 512
+    };
+    let mut expected = vec![0; SIZE];
+    let (places, data) = ([0, 5 * 65536 - 4096, 5 * 65536, SIZE - 512], pattern(512, 1));
+    for server in 0..2 {
+        // The second one knows nothing of what was written.
+        let volume = match server {
+            0 => volume.clone(),
+            _ => open(&store, SIZE as u64, Some(1)).unwrap().volume,
+        };
+        for offset in (0..SIZE).step_by(4 << 20) {
+            let read = shard.read(&*volume, offset as u64, 4 << 20).unwrap();
+            assert!(read == expected[offset..][..4 << 20], "server {server}, {offset}");
+        }
+        assert!(allocated() <= 1 << 20, "server {server}: {}", allocated());
+        for place in places {
+            shard.write(&*volume, place as u64, &data, OpFlags::NONE).unwrap();
+            expected[place..][..512].copy_from_slice(&data);
+        }
+    }
+    shard.plain(&*volume, Op::Discard, OpFlags::NONE, 65536, 6 * 65536).unwrap();
+    expected[65536..][..6 * 65536].fill(0);
+    assert!(shard.read(&*volume, 0, 4 << 20).unwrap() == expected[..4 << 20]);
+    assert!(
+        shard.read(&*volume, SIZE as u64 - MIB, MIB as usize).unwrap()
+            == expected[SIZE - MIB as usize..]
+    );
+}
+
+#[test]
 fn outlives_its_server_and_knows_itself() {
     let (store, mut shard) = (TestStore::new(), Shard::new());
     let first = open(&store, MIB, None).unwrap();
