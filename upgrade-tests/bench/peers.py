@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """nebd beside its peers in one run: pairs of runs, in turn, so that a noisy machine is noisy for both.
 
-Needs: nebd-server and nebdctl (cargo build --release), fio with its nbd engine, nbdkit, qemu-nbd.
-Usage: upgrade-tests/bench/peers.py [--pairs 5] [--seconds 3] [--only mem-read-1,...]
+Needs: nebd-server and nebdctl (cargo build --release), fio with its nbd engine, nbdkit, qemu-nbd,
+qemu-storage-daemon; for the last cases a C compiler. A driver of vhost-user-blk without a guest
+(bench/vhost-blk) and libnebd are built on demand.
+Usage: upgrade-tests/bench/peers.py [--pairs 10] [--seconds 3] [--only mem-randread-1,...]
 
 Prints one row a case: medians, the ratio pair by pair (median, min, max), CPU per IO of client and
 server together. Everything runs in a temporary directory and on Unix sockets, and is ended by pid.
@@ -36,6 +38,11 @@ CASES = [
     ("file-randread-32", "file", "randread", 4096, 32, "fio"),
     ("file-randwrite-1", "file", "randwrite", 4096, 1, "fio"),
     ("file-randwrite-32", "file", "randwrite", 4096, 32, "fio"),
+    ("null-randread-32", "null", "randread", 4096, 32, "vhost-user-blk"),
+    ("null-randwrite-32", "null", "randwrite", 4096, 32, "vhost-user-blk"),
+    # libnebd.h beside nebd.h, by the same C program.
+    ("api-randread-1", "mem", "randread", 4096, 1, "nebd.h"),
+    ("api-randread-32", "mem", "randread", 4096, 32, "nebd.h"),
     ("file-randwrite-32-nbd", "file", "randwrite", 4096, 32, "qemu-nbd"),
 ]
 
@@ -46,6 +53,32 @@ def binary(name):
     if not os.path.exists(path):
         sys.exit(f"{path} is missing: run `cargo build --release` first")
     return path
+
+
+TARGET = os.environ.get("CARGO_TARGET_DIR", os.path.join(ROOT, "target"))
+
+
+def vhost_driver():
+    """Drives a vhost-user-blk server without a guest."""
+    manifest = os.path.join(ROOT, "upgrade-tests/bench/vhost-blk/Cargo.toml")
+    target = os.path.join(TARGET, "vhost-blk-bench")
+    subprocess.run(["cargo", "build", "--quiet", "--release", "--locked", "--manifest-path", manifest,
+                    "--target-dir", target], check=True)
+    return os.path.join(target, "release", "vhost-blk-bench")
+
+
+def api_program(curve):
+    """The C program over libnebd.h or nebd.h, linked with an installed libnebd; its environment."""
+    prefix = os.path.join(TARGET, "bench-prefix")
+    library = os.path.join(prefix, "lib")
+    if not os.path.exists(os.path.join(library, "libnebd.so")):
+        subprocess.run(["cargo", "xtask", "install", "--library-only", "--prefix", prefix], cwd=ROOT,
+                       check=True, stdout=subprocess.DEVNULL)
+    program = os.path.join(TARGET, "bench-api-curve" if curve else "bench-api")
+    subprocess.run(["cc", "-O2", *(["-DCURVE"] if curve else []), "-I", os.path.join(prefix, "include"),
+                    "-o", program, os.path.join(ROOT, "upgrade-tests/bench/api.c"), "-L", library,
+                    "-lnebd"], check=True)
+    return program, {**os.environ, "LD_LIBRARY_PATH": library}
 
 
 def cpu_s(pid):
@@ -103,6 +136,20 @@ class Nebd:
             "cpu_us": cpu / requests * 1e6 if requests else 0,
         }
 
+    def run_api(self, depth, seconds, curve):
+        """The same load by a C program."""
+        program, environment = api_program(curve)
+        with open(os.path.join(self.state, "server.pid")) as pid:
+            server = int(pid.read())
+        before = cpu_s(server)
+        out = subprocess.run([program, self.volume, str(depth), str(seconds)], check=True,
+                             env={**environment, "NEBD_SOCKET": self.socket},
+                             stdout=subprocess.PIPE, text=True).stdout
+        result = json.loads(out)
+        cpu = result["cpu_s"] + cpu_s(server) - before
+        return {"iops": result["iops"], "p50_us": 0, "p99_us": 0,
+                "cpu_us": cpu / result["requests"] * 1e6}
+
     def stop(self):
         self.keeper.terminate()
         self.keeper.wait()
@@ -135,12 +182,18 @@ class Peer:
     """What the case is measured beside."""
 
     def __init__(self, kind, directory):
-        self.server = None
-        socket = os.path.join(directory, "peer.sock")
+        self.server = self.driver = None
+        self.socket = socket = os.path.join(directory, "peer.sock")
         image = os.path.join(directory, "peer.img")
         if kind == "nbdkit":
             self.server = subprocess.Popen(
                 ["nbdkit", "--foreground", "--unix", socket, "memory", f"{SIZE_MIB}M"])
+        elif kind == "vhost-user-blk":
+            self.driver = vhost_driver()
+            node = f"driver=null-co,node-name=disk,size={SIZE_MIB}M,read-zeroes=off"
+            export = f"type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={socket},writable=on"
+            self.server = subprocess.Popen(
+                ["qemu-storage-daemon", "--blockdev", node, "--export", export])
         else:
             # Written once, so that reads meet allocated blocks, as on our side.
             subprocess.run(["dd", "if=/dev/urandom", f"of={image}", "bs=1M", f"count={SIZE_MIB}"],
@@ -155,7 +208,21 @@ class Peer:
         else:
             self.target = ["--ioengine=io_uring", "--direct=1", f"--filename={image}"]
 
+    def run_vhost(self, op, block_size, depth, seconds):
+        command = [self.driver, self.socket, op, str(block_size), str(depth), str(seconds),
+                   str(SIZE_MIB << 20)]
+        before, own = cpu_s(self.server.pid), os.times()
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        after = os.times()
+        result = json.loads(out)
+        cpu = (after.children_user - own.children_user) + (after.children_system - own.children_system)
+        cpu += cpu_s(self.server.pid) - before
+        return {"iops": result["iops"], "p50_us": result["latency_us"]["p50"],
+                "p99_us": result["latency_us"]["p99"], "cpu_us": cpu / result["requests"] * 1e6}
+
     def run(self, op, block_size, depth, seconds):
+        if self.driver:
+            return self.run_vhost(op, block_size, depth, seconds)
         pid = self.server.pid if self.server else None
         return fio(self.target, op, block_size, depth, seconds, pid)
 
@@ -174,7 +241,13 @@ def run_case(case, pairs, seconds):
     directory = tempfile.mkdtemp(prefix="nebd-bench-")
     ours = peer = None
     try:
-        ours, peer = Nebd(directory, backend), Peer(kind, directory)
+        ours = Nebd(directory, backend)
+        if kind == "nebd.h":
+            ours.run("write", 1 << 20, 8, 2)
+            return report(name, kind, [
+                (ours.run_api(depth, seconds, True), ours.run_api(depth, seconds, False))
+                for _ in range(pairs)])
+        peer = Peer(kind, directory)
         # Fill, so that both sides read what was written.
         ours.run("write", 1 << 20, 8, 2)
         if kind == "nbdkit":
@@ -186,6 +259,10 @@ def run_case(case, pairs, seconds):
             if side:
                 side.stop()
         shutil.rmtree(directory, ignore_errors=True)
+    report(name, kind, rows)
+
+
+def report(name, kind, rows):
     median = lambda side, key: statistics.median(row[side][key] for row in rows)
     ratios = [a["iops"] / b["iops"] for a, b in rows]
     cpu = [a["cpu_us"] / b["cpu_us"] for a, b in rows if b["cpu_us"]]
@@ -196,7 +273,7 @@ def run_case(case, pairs, seconds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--seconds", type=int, default=3)
     parser.add_argument("--only", default="")
     options = parser.parse_args()

@@ -38,7 +38,10 @@ pub fn install(work_dir: &Path) -> Result<Option<String>> {
     if let Some(reason) = no_apt() {
         return Ok(Some(format!("{} not installed, and {reason}", missing.join(", "))));
     }
-    let apt = Apt::prepare(work_dir)?;
+    let apt = match Apt::prepare(work_dir) {
+        Ok(apt) => apt,
+        Err(error) => return Ok(Some(format!("no archive to install QEMU from: {error:#}"))),
+    };
     let mut install = apt.command("apt-get");
     install.args(["install", "-y", "-t", "bookworm-backports", "--no-install-recommends"]);
     install.args(["--no-remove", "--no-upgrade"]).args(PACKAGES);
@@ -76,7 +79,10 @@ impl Kernel {
         if let Some(reason) = no_apt() {
             return Ok(Err(format!("no guest kernel: {reason}")));
         }
-        let apt = Apt::prepare(work_dir)?;
+        let apt = match Apt::prepare(work_dir) {
+            Ok(apt) => apt,
+            Err(error) => return Ok(Err(format!("no archive to fetch a kernel from: {error:#}"))),
+        };
         let package = apt.kernel_package()?;
         if let Err(error) = cargo::run(apt.command("apt-get").args(["download", &package])) {
             return Ok(Err(format!("no guest kernel: {error:#}")));
