@@ -36,6 +36,8 @@ pub struct Access {
     pub mode: String,
     /// Group of both sockets, by number; none means the server's own.
     pub gid: Option<u32>,
+    /// Memory that each user may have registered, in GiB, sparse or not; root has no limit.
+    pub memory_gib_max: u64,
 }
 
 /// How the rings are served.
@@ -93,7 +95,7 @@ impl Default for Config {
 
 impl Default for Access {
     fn default() -> Self {
-        Access { mode: "0660".into(), gid: None }
+        Access { mode: "0660".into(), gid: None, memory_gib_max: 16 << 10 }
     }
 }
 

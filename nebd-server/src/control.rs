@@ -175,13 +175,14 @@ impl Control {
     fn receive(&mut self, key: u64) {
         let Some(connection) = self.connections.get_mut(&key) else { return };
         match nebd_abi::socket::receive_from_stranger(connection.socket()) {
-            Ok(Some(packet)) => match self.closer.accept(packet) {
-                Some(packet) => connection::handle(self, key, packet),
-                None => {
+            Ok(Some(mut packet)) => {
+                let is_strange = self.closer.take_strange(&mut packet);
+                if packet.is_cut_off || is_strange && self.closer.is_held_up() {
                     tracing::warn!("a client that sends what no message has is disconnected");
-                    self.close(key);
+                    return self.close(key);
                 }
-            },
+                connection::handle(self, key, packet, is_strange);
+            }
             Ok(None) => self.close(key),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             // A client that closed with our answer unread: told once, ahead of the packets it sent

@@ -34,6 +34,7 @@ use crate::control::{Control, ControlInputs, NoticeSink, doorbell};
 use crate::fd_store::ServerStore;
 use crate::registry::{Registry, RegistryError, host_major};
 use crate::server::{Server, ServerParts};
+use crate::session::MemoryQuota;
 use crate::shard::{EventSink, ShardContext};
 
 /// The descriptor table's first size; 8 bytes each.
@@ -212,6 +213,7 @@ fn build(
         backends,
         file_engine,
         shards,
+        memory_quota: Arc::new(MemoryQuota::new(config.access.memory_gib_max << 30)),
         notices,
     }))
 }

@@ -24,7 +24,7 @@ use crate::fd_store::ServerStore;
 use crate::jobs::Jobs;
 use crate::quarantine::Quarantine;
 use crate::registry::Registry;
-use crate::session::Session;
+use crate::session::{MemoryQuota, Session};
 use crate::shard::{Command, ShardHandle};
 use crate::volume::VolumeTable;
 pub use attach::{AttachRequest, Origin, is_eventfd, set_nonblocking};
@@ -49,6 +49,8 @@ pub struct Server {
     pub file_engine: String,
     /// The shards.
     pub shards: Vec<ShardHandle>,
+    /// What each user may register.
+    pub memory_quota: Arc<MemoryQuota>,
     /// Worker threads.
     pub jobs: Jobs,
     /// Open volumes.
@@ -75,6 +77,7 @@ pub struct ServerParts {
     pub backends: Vec<Box<dyn Backend>>,
     pub file_engine: String,
     pub shards: Vec<ShardHandle>,
+    pub memory_quota: Arc<MemoryQuota>,
     pub notices: crate::control::NoticeSink,
 }
 
@@ -99,6 +102,7 @@ impl Server {
             file_engine: parts.file_engine,
             shards: parts.shards,
             notices: parts.notices,
+            memory_quota: parts.memory_quota,
             jobs: Jobs::default(),
             volumes: VolumeTable::default(),
             started: Instant::now(),

@@ -12,6 +12,7 @@
 //! starts them again as they were: parked ones stay parked.
 
 pub mod ledger;
+mod memories;
 mod translate;
 
 use std::io;
@@ -21,15 +22,13 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nebd_abi::control::{AttachFlags, VolumeInfo};
-use nebd_abi::layout::{MEMORIES_MAX, ServerState, SessionId, TRANSFER_BYTES_MAX};
-use nebd_abi::region::{Region, SharedMemory};
+use nebd_abi::layout::{ServerState, SessionId, TRANSFER_BYTES_MAX};
+use nebd_abi::region::Region;
 
 use crate::volume::OpenVolume;
 use ledger::Ledger;
+pub use memories::{Memories, MemoryQuota, RegisterError, RegisteredMemory, set_memory};
 pub use translate::{Rejected, Translated, translate};
-
-/// Registered memories by id.
-pub type Memories = Vec<Option<Arc<SharedMemory>>>;
 
 /// A session, shared by the control thread and the shards that serve its queues.
 pub struct Session {
@@ -174,7 +173,7 @@ impl Session {
     pub fn set_memory(
         &self,
         id: u32,
-        memory: Option<Arc<SharedMemory>>,
+        memory: Option<Arc<RegisteredMemory>>,
         store: impl FnOnce() -> io::Result<()>,
     ) -> io::Result<bool> {
         let mut memories = lock(&self.memories);
@@ -225,17 +224,6 @@ impl Session {
         fds.push((name("region"), self.region.memory().fd()));
         fds
     }
-}
-
-/// Puts a memory into a table; ids beyond the limit are ignored (they were refused earlier).
-pub fn set_memory(table: &mut Memories, id: u32, memory: Option<Arc<SharedMemory>>) {
-    if id == 0 || id > MEMORIES_MAX {
-        return;
-    }
-    if table.len() <= id as usize {
-        table.resize(id as usize + 1, None);
-    }
-    table[id as usize] = memory;
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

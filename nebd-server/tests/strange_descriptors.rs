@@ -16,7 +16,7 @@ use fuser::{
     ReplyEmpty, ReplyEntry, Request, Session,
 };
 use nebd_abi::control::{AttachFlags, Message};
-use nebd_abi::{Op, socket};
+use nebd_abi::{Errno, Op, socket};
 
 /// One file, whose flushes are not answered for now.
 #[derive(Clone, Default)]
@@ -95,16 +95,29 @@ fn a_descriptor_whose_close_waits_holds_up_nobody() {
     let (end, ended) = mpsc::channel();
     let answers = flushes.answer_after(ended);
     let file = File::open(dir.path().join("slow")).unwrap();
+    let hostile = hello(&server.socket());
+    let file_fd = file.as_fd().try_clone_to_owned().unwrap();
     for message in [Message::Ping, Message::RegisterMemory { memory: 1 }] {
-        let socket = hello(&server.socket());
-        socket::send(&socket, &message.encode(2), &[file.as_fd()]).unwrap();
-        assert!(socket::receive(&socket).unwrap().is_none(), "it is disconnected");
+        let refused = ask(&hostile, &message, &[&file_fd]);
+        assert!(matches!(refused, Message::Failed { errno: Errno::INVAL, .. }), "{refused:?}");
         assert_eq!(ask(&honest.socket, &Message::Ping, &[]), Message::Done);
         assert_eq!(honest.io(Op::Write, 0, 4096), Ok(()));
     }
     until(|| (flushes.count() > 0).then_some(()));
+    // One after the other is patience; without end it is not.
+    for _ in 0..100 {
+        let ping = Message::Ping.encode(2);
+        if socket::send(&hostile, &ping, &[file_fd.as_fd()]).is_err() {
+            break;
+        }
+    }
+    until(|| match socket::receive(&hostile) {
+        Ok(Some(_)) => None,
+        Ok(None) | Err(_) => Some(()),
+    });
+    assert_eq!(honest.io(Op::Write, 0, 4096), Ok(()));
     end.send(()).unwrap();
-    drop(file);
+    drop((file, file_fd));
     answers.join().unwrap();
     drop(server);
     drop(session);

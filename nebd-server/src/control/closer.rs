@@ -11,28 +11,38 @@ use std::os::fd::OwnedFd;
 use crossbeam::channel::{Sender, unbounded};
 use nebd_abi::socket::Packet;
 
+/// Descriptors that may wait to be closed before a client that sends another one is shut out.
+const WAITING_MAX: usize = 64;
+
 /// The thread that closes.
-pub struct Closer(Sender<Vec<OwnedFd>>);
+pub struct Closer(Sender<OwnedFd>);
 
 impl Closer {
     /// Starts it; it sleeps until there is something to close.
     pub fn start() -> io::Result<Closer> {
-        let (sender, receiver) = unbounded::<Vec<OwnedFd>>();
+        let (sender, receiver) = unbounded::<OwnedFd>();
         std::thread::Builder::new()
             .name("nebd-closer".into())
             .spawn(move || receiver.into_iter().for_each(drop))?;
         Ok(Closer(sender))
     }
 
-    /// The packet, if it is whole and all of its descriptors are of the kinds that the protocol
-    /// passes; otherwise they are on their way out.
-    pub fn accept(&self, packet: Packet) -> Option<Packet> {
-        if !packet.is_cut_off && packet.fds.iter().all(closes_at_once) {
-            return Some(packet);
+    /// Takes out all descriptors unless each is of a kind that the protocol passes, and says whether
+    /// it did.
+    pub fn take_strange(&self, packet: &mut Packet) -> bool {
+        if packet.fds.iter().all(closes_at_once) {
+            return false;
         }
-        // The thread ends only with the process.
-        let _ = self.0.send(packet.fds);
-        None
+        for fd in packet.fds.drain(..) {
+            // The thread ends only with the process.
+            let _ = self.0.send(fd);
+        }
+        true
+    }
+
+    /// Whether one of them does wait, and many behind it.
+    pub fn is_held_up(&self) -> bool {
+        self.0.len() > WAITING_MAX
     }
 }
 

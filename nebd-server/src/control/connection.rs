@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use nebd_abi::control::{AttachFlags, DecodeError, Message};
 use nebd_abi::layout::{LayoutVersion, MEMORIES_MAX, SessionId};
-use nebd_abi::region::{Region, SharedMemory};
+use nebd_abi::region::{Region, RegionError};
 use nebd_abi::socket::Packet;
 use nebd_abi::{Errno, VolumeName};
 use nebd_backend::FdStore;
@@ -16,7 +16,7 @@ use rustix::process::PidfdFlags;
 use super::{Control, Notice};
 use crate::server::{AttachRequest, Origin, Server};
 use crate::session::ledger::Attachment;
-use crate::session::{Memories, Session, set_memory};
+use crate::session::{Memories, RegisterError, Session, set_memory};
 
 /// A client's connection.
 pub struct Connection {
@@ -70,8 +70,8 @@ fn failed(errno: Errno, text: impl Into<String>) -> Message {
     Message::Failed { errno, retry: false, text: text.into() }
 }
 
-/// Acts on a packet.
-pub fn handle(control: &mut Control, key: u64, packet: Packet) {
+/// Acts on a packet; `is_strange` if it had descriptors of a kind that no message has.
+pub fn handle(control: &mut Control, key: u64, packet: Packet, is_strange: bool) {
     let (request, message) = match Message::decode(&packet.bytes) {
         Ok(decoded) => decoded,
         Err(DecodeError::Kind { kind, request }) => {
@@ -83,6 +83,10 @@ pub fn handle(control: &mut Control, key: u64, packet: Packet) {
             return control.close(key);
         }
     };
+    if is_strange {
+        let text = "a descriptor is neither a memfd nor an eventfd";
+        return control.reply(key, request, &failed(Errno::INVAL, text));
+    }
     // What a worker thread has said comes first: its `Attached` may have been read by the client,
     // and this message sent, before the control thread has heard of the session.
     control.hear();
@@ -275,8 +279,18 @@ fn register(
     if id == 0 || id > MEMORIES_MAX {
         return Err(failed(Errno::INVAL, format!("memory ids run from 1 to {MEMORIES_MAX}")));
     }
-    let memory = SharedMemory::map(fd, u64::MAX)
-        .map_err(|error| failed(Errno::INVAL, format!("memory {id}: {error}")))?;
+    let Some(connection) = control.connections.get(&key) else { return Ok(Message::Done) };
+    let memory = control.server.memory_quota.map(fd, connection.peer.uid.as_raw());
+    let memory = memory.map_err(|error| Message::Failed {
+        errno: match &error {
+            RegisterError::Quota { .. } => Errno(122),
+            // What the system refuses today it may grant tomorrow.
+            RegisterError::Region(RegionError::System { .. }) => Errno(12),
+            RegisterError::Region(_) => Errno::INVAL,
+        },
+        retry: false,
+        text: format!("memory {id}: {error}"),
+    })?;
     if let Err(error) = memory.advise(rustix::mm::Advice::LinuxDontDump) {
         tracing::warn!(%error, "registered memory will be part of core dumps");
     }

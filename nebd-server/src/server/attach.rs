@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use nebd_abi::control::AttachFlags;
 use nebd_abi::layout::{ServerState, SessionId};
-use nebd_abi::region::{Region, RegionError, SharedMemory};
+use nebd_abi::region::{Region, RegionError};
 use nebd_abi::ring::{Request, ServerQueue};
 use nebd_abi::{Epoch, Errno, VolumeName};
 use nebd_backend::{BackendError, FdStore, OpenContext};
@@ -491,7 +491,8 @@ impl Server {
         for name in self.store.names(&Session::store_name(id, "mem")) {
             let number = name.rsplit("mem").next().and_then(|number| number.parse().ok());
             if let (Some(number), Some(fd)) = (number, self.store.fetch(&name)) {
-                let memory = SharedMemory::map(fd, u64::MAX)?;
+                let uid = ledger.attachment().client_uid;
+                let memory = self.memory_quota.map_again(fd, uid)?;
                 set_memory(&mut memories, number, Some(Arc::new(memory)));
             }
         }
