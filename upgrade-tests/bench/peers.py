@@ -190,7 +190,7 @@ class Peer:
                 ["nbdkit", "--foreground", "--unix", socket, "memory", f"{SIZE_MIB}M"])
         elif kind == "vhost-user-blk":
             self.driver = vhost_driver()
-            node = f"driver=null-co,node-name=disk,size={SIZE_MIB}M,read-zeroes=off"
+            node = f"driver=null-co,node-name=disk,size={SIZE_MIB << 20},read-zeroes=off"
             export = f"type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={socket},writable=on"
             self.server = subprocess.Popen(
                 ["qemu-storage-daemon", "--blockdev", node, "--export", export])
