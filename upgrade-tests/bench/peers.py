@@ -30,6 +30,8 @@ SIZE_MIB = 1024
 CASES = [
     ("mem-randread-1", "mem", "randread", 4096, 1, "nbdkit"),
     ("mem-randwrite-1", "mem", "randwrite", 4096, 1, "nbdkit"),
+    # Both sides poll and never sleep.
+    ("mem-randread-1-poll", "mem", "randread", 4096, 1, "nbdkit"),
     ("mem-randread-32", "mem", "randread", 4096, 32, "nbdkit"),
     ("mem-randwrite-32", "mem", "randwrite", 4096, 32, "nbdkit"),
     ("mem-read-1m-8", "mem", "read", 1 << 20, 8, "nbdkit"),
@@ -252,8 +254,9 @@ def run_case(case, pairs, seconds):
         ours.run("write", 1 << 20, 8, 2)
         if kind == "nbdkit":
             peer.run("write", 1 << 20, 8, 2)
-        rows = [(ours.run(op, block_size, depth, seconds), peer.run(op, block_size, depth, seconds))
-                for _ in range(pairs)]
+        poll = name.endswith("-poll")
+        rows = [(ours.run(op, block_size, depth, seconds, poll),
+                 peer.run(op, block_size, depth, seconds)) for _ in range(pairs)]
     finally:
         for side in (ours, peer):
             if side:

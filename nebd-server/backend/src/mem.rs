@@ -13,13 +13,15 @@
 //! memory. The store holds the descriptor before the first request is served; contents live as long
 //! as the store keeps it, whether the volume is open or not, until it is deleted.
 
+mod copy;
 mod map;
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use nebd_abi::{Errno, Op, VolumeName};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
@@ -36,12 +38,15 @@ const HEADER_BYTES: u64 = 4096;
 /// Volumes in memory.
 pub struct MemBackend {
     store: Arc<dyn FdStore>,
+    /// Those that were open once, until they are deleted: a mapping whose pages are mapped is worth
+    /// keeping.
+    mapped: Mutex<HashMap<VolumeName, Arc<MemVolume>>>,
 }
 
 impl MemBackend {
     /// A backend whose memory `store` keeps.
     pub fn new(store: Arc<dyn FdStore>) -> MemBackend {
-        MemBackend { store }
+        MemBackend { store, mapped: Mutex::default() }
     }
 }
 
@@ -75,6 +80,7 @@ impl Backend for MemBackend {
     }
 
     fn delete(&self, spec: &VolumeSpec) -> Result<(), BackendError> {
+        self.mapped.lock().unwrap_or_else(PoisonError::into_inner).remove(&spec.name);
         self.store
             .remove(&entry(&spec.name))
             .and_then(|()| self.store.barrier())
@@ -101,14 +107,25 @@ impl Backend for MemBackend {
                 (file, incarnation)
             }
         };
-        let map = Map::new(&file, HEADER_BYTES).map_err(&failed)?;
+        let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+        let volume = match mapped.get(&spec.name) {
+            Some(volume) if volume.incarnation == incarnation => volume.clone(),
+            _ => {
+                let map = Map::new(&file, HEADER_BYTES).map_err(&failed)?;
+                let (name, size) = (spec.name.clone(), AtomicU64::new(spec.size));
+                let map = RwLock::new(map);
+                let volume = Arc::new(MemVolume { name, incarnation, size, file, map });
+                mapped.insert(spec.name.clone(), volume.clone());
+                volume
+            }
+        };
+        drop(mapped);
+        // The registry may have it larger: a resize that was not finished.
+        if volume.size() != spec.size {
+            volume.resize(spec.size)?;
+        }
         Ok(Opened {
-            volume: Arc::new(MemVolume {
-                name: spec.name.clone(),
-                size: AtomicU64::new(spec.size),
-                file,
-                map: RwLock::new(map),
-            }),
+            volume,
             major: context.previous_major.unwrap_or(context.host_major),
             volume_id: 0,
             incarnation,
@@ -160,6 +177,7 @@ fn adopt(name: &VolumeName, fd: OwnedFd, size: u64) -> Result<(File, u64), Backe
 
 struct MemVolume {
     name: VolumeName,
+    incarnation: u64,
     size: AtomicU64,
     file: File,
     /// Replaced when the volume grows; held for reading while data is copied.

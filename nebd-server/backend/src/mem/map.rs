@@ -3,6 +3,10 @@
 //! A page of the mapping that is read is allocated, even if nothing was ever written there. So reads
 //! ask the file first where it has data, and remember the answer by extents: what is unknown is
 //! asked again, so a bit that is missing costs a system call, and one too many costs memory.
+//!
+//! A write to a page that is not mapped yet costs a fault for each page; a read maps all pages around
+//! it that exist, for writing too. So each extent is read once before it is written. In a gibibyte
+//! of small pages that is 16 thousand faults in place of 262 thousand.
 
 use std::fs::File;
 use std::io;
@@ -11,6 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::fs::SeekFrom;
 
+use super::copy;
 use crate::Segment;
 
 /// Bytes that share a bit.
@@ -23,7 +28,9 @@ pub(super) struct Map {
     /// Of the data, in the file.
     start: u64,
     /// One bit an extent: it is known to have data.
-    has_data: Box<[AtomicU64]>,
+    has_data: Extents,
+    /// One bit an extent: this process has touched it, so its pages are mapped.
+    touched: Extents,
 }
 
 impl Map {
@@ -39,8 +46,7 @@ impl Map {
             })
         };
         advised?;
-        let words = bytes.div_ceil(EXTENT_BYTES).div_ceil(64);
-        Ok(Map { map, start, has_data: (0..words).map(|_| AtomicU64::new(0)).collect() })
+        Ok(Map { map, start, has_data: Extents::new(bytes), touched: Extents::new(bytes) })
     }
 
     pub(super) fn bytes(&self) -> u64 {
@@ -53,14 +59,18 @@ impl Map {
         for segment in segments {
             let end = self.end_of(at, segment)?;
             for extent in at / EXTENT_BYTES..end.div_ceil(EXTENT_BYTES) {
-                self.note(extent, true);
+                self.has_data.set(extent);
+                if !self.touched.has(extent) {
+                    self.touch((extent * EXTENT_BYTES).max(at));
+                    self.touched.set(extent);
+                }
             }
             // SAFETY: `at .. end` is in the mapping, which cannot fault because its file cannot
             // shrink; the segment stays mapped until its request is completed. They never overlap:
             // no client has a mapping of this file.
             unsafe {
                 let data = self.map.as_mut_ptr().add(at);
-                std::ptr::copy_nonoverlapping(segment.pointer.cast_const(), data, segment.length);
+                copy::to_memory(data, segment.pointer.cast_const(), segment.length);
             }
             at = end;
         }
@@ -95,8 +105,15 @@ impl Map {
     pub(super) fn forget(&self, offset: u64, length: u64) {
         let extent = EXTENT_BYTES as u64;
         for extent in offset.div_ceil(extent)..(offset + length) / extent {
-            self.note(extent as usize, false);
+            self.has_data.clear(extent as usize);
+            self.touched.clear(extent as usize);
         }
+    }
+
+    /// Maps the pages around a byte that is about to be written.
+    fn touch(&self, at: usize) {
+        // SAFETY: the byte is in the mapping. Nobody cares what it is.
+        let _ = unsafe { self.map.as_mut_ptr().add(at).cast_const().read_volatile() };
     }
 
     fn end_of(&self, at: usize, segment: &Segment) -> Option<usize> {
@@ -107,9 +124,9 @@ impl Map {
     fn piece(&self, file: &File, at: usize, end: usize) -> (usize, bool) {
         let extent = at / EXTENT_BYTES;
         let extent_end = (extent + 1) * EXTENT_BYTES;
-        if self.is_noted(extent) {
+        if self.has_data.has(extent) {
             let next =
-                (extent + 1..).find(|next| next * EXTENT_BYTES >= end || !self.is_noted(*next));
+                (extent + 1..).find(|next| next * EXTENT_BYTES >= end || !self.has_data.has(*next));
             return (next.map_or(end, |next| end.min(next * EXTENT_BYTES)), true);
         }
         let from = self.start + (extent * EXTENT_BYTES) as u64;
@@ -120,27 +137,43 @@ impl Map {
             Err(_) => at,
         };
         if data < extent_end {
-            self.note(extent, true);
+            self.has_data.set(extent);
             return (end.min(extent_end), true);
         }
         // Whole extents, except at the end: where data begins within one, that one is copied.
         let zeros_end = if data >= end { end } else { data / EXTENT_BYTES * EXTENT_BYTES };
         (zeros_end, false)
     }
+}
 
-    fn is_noted(&self, extent: usize) -> bool {
-        let word = self.has_data.get(extent / 64);
+/// A bit for each extent of a mapping.
+struct Extents(Box<[AtomicU64]>);
+
+impl Extents {
+    fn new(bytes: usize) -> Extents {
+        let words = bytes.div_ceil(EXTENT_BYTES).div_ceil(64);
+        Extents((0..words).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    fn has(&self, extent: usize) -> bool {
+        let word = self.0.get(extent / 64);
         word.is_some_and(|word| word.load(Relaxed) & 1 << (extent % 64) != 0)
     }
 
-    fn note(&self, extent: usize, has_data: bool) {
-        let Some(word) = self.has_data.get(extent / 64) else { return };
+    fn set(&self, extent: usize) {
+        let Some(word) = self.0.get(extent / 64) else { return };
         let bit = 1 << (extent % 64);
-        // Mostly it is known, and a load does not take the cache line from other cores.
-        match (has_data, word.load(Relaxed) & bit != 0) {
-            (true, false) => _ = word.fetch_or(bit, Relaxed),
-            (false, true) => _ = word.fetch_and(!bit, Relaxed),
-            _ => {}
+        // Mostly it is set, and a load does not take the cache line from other cores.
+        if word.load(Relaxed) & bit == 0 {
+            word.fetch_or(bit, Relaxed);
+        }
+    }
+
+    fn clear(&self, extent: usize) {
+        let Some(word) = self.0.get(extent / 64) else { return };
+        let bit = 1 << (extent % 64);
+        if word.load(Relaxed) & bit != 0 {
+            word.fetch_and(!bit, Relaxed);
         }
     }
 }
