@@ -23,7 +23,8 @@ use std::time::Duration;
 
 use nebd_rpc::admin::{
     AbortVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, GetVolumeRequest,
-    LimitVolumeRequest, ResizeVolumeRequest, Status, UnparkVolumeRequest, Volume,
+    LimitVolumeRequest, ResizeVolumeRequest, StartUpgradeRequest, Status, UnparkVolumeRequest,
+    Upgrade, Volume,
 };
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
@@ -111,6 +112,16 @@ pub trait AdminApi: Send + Sync + 'static {
         caller: &Caller,
         request: LimitVolumeRequest,
     ) -> Result<Volume, AdminError>;
+
+    /// Starts a planned takeover, and returns at once; for root.
+    fn start_upgrade(
+        &self,
+        caller: &Caller,
+        request: StartUpgradeRequest,
+    ) -> Result<Upgrade, AdminError>;
+
+    /// The planned takeover under way, or the last one.
+    fn upgrade(&self, caller: &Caller) -> Result<Upgrade, AdminError>;
 
     /// What the server is doing.
     fn status(&self, caller: &Caller) -> Result<Status, AdminError>;

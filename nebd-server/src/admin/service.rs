@@ -5,8 +5,9 @@ use std::sync::Arc;
 use nebd_rpc::admin::admin_server::{Admin, AdminServer};
 use nebd_rpc::admin::{
     AbortVolumeRequest, CreateVolumeRequest, DeleteVolumeReply, DeleteVolumeRequest,
-    GetStatusRequest, GetVolumeRequest, LimitVolumeRequest, ListVolumesReply, ListVolumesRequest,
-    ResizeVolumeRequest, Status as ServerStatus, UnparkVolumeRequest, Volume,
+    GetStatusRequest, GetUpgradeRequest, GetVolumeRequest, LimitVolumeRequest, ListVolumesReply,
+    ListVolumesRequest, ResizeVolumeRequest, StartUpgradeRequest, Status as ServerStatus,
+    UnparkVolumeRequest, Upgrade, Volume,
 };
 use tokio::sync::Semaphore;
 use tonic::transport::server::UdsConnectInfo;
@@ -131,6 +132,20 @@ impl Admin for Service {
         request: Request<LimitVolumeRequest>,
     ) -> Result<Response<Volume>, Status> {
         self.call(request, |api, caller, request| api.limit_volume(caller, request)).await
+    }
+
+    async fn start_upgrade(
+        &self,
+        request: Request<StartUpgradeRequest>,
+    ) -> Result<Response<Upgrade>, Status> {
+        self.call(request, |api, caller, request| api.start_upgrade(caller, request)).await
+    }
+
+    async fn get_upgrade(
+        &self,
+        request: Request<GetUpgradeRequest>,
+    ) -> Result<Response<Upgrade>, Status> {
+        self.call(request, |api, caller, _| api.upgrade(caller)).await
     }
 
     async fn get_status(

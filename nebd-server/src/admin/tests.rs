@@ -28,6 +28,14 @@ impl Fake {
 }
 
 impl AdminApi for Fake {
+    fn start_upgrade(&self, _: &Caller, _: StartUpgradeRequest) -> Result<Upgrade, AdminError> {
+        Ok(Upgrade::default())
+    }
+
+    fn upgrade(&self, _: &Caller) -> Result<Upgrade, AdminError> {
+        Ok(Upgrade::default())
+    }
+
     fn create_volume(
         &self,
         caller: &Caller,

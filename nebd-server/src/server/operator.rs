@@ -292,6 +292,19 @@ impl Server {
 }
 
 impl AdminApi for Server {
+    fn start_upgrade(
+        &self,
+        _: &Caller,
+        _: admin::StartUpgradeRequest,
+    ) -> Result<admin::Upgrade, AdminError> {
+        let (volume, reason) = (String::new(), "upgrades are not wired up yet");
+        Err(AdminError::NotYet { volume, reason })
+    }
+
+    fn upgrade(&self, _: &Caller) -> Result<admin::Upgrade, AdminError> {
+        Ok(admin::Upgrade::default())
+    }
+
     fn create_volume(
         &self,
         caller: &Caller,

@@ -8,8 +8,9 @@ use std::sync::{Arc, Mutex};
 use nebd_rpc::admin::admin_server::{Admin, AdminServer};
 use nebd_rpc::admin::{
     AbortVolumeRequest, CreateVolumeRequest, DeleteVolumeReply, DeleteVolumeRequest,
-    GetStatusRequest, GetVolumeRequest, LimitVolumeRequest, ListVolumesReply, ListVolumesRequest,
-    ResizeVolumeRequest, Status as ServerStatus, UnparkVolumeRequest, Volume,
+    GetStatusRequest, GetUpgradeRequest, GetVolumeRequest, LimitVolumeRequest, ListVolumesReply,
+    ListVolumesRequest, ResizeVolumeRequest, StartUpgradeRequest, Status as ServerStatus,
+    UnparkVolumeRequest, Upgrade, Volume,
 };
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status};
@@ -161,6 +162,14 @@ impl Admin for Service {
             volume.clone()
         })
         .map(Response::new)
+    }
+
+    async fn start_upgrade(&self, _: Request<StartUpgradeRequest>) -> Answer<Upgrade> {
+        Ok(Response::new(Upgrade::default()))
+    }
+
+    async fn get_upgrade(&self, _: Request<GetUpgradeRequest>) -> Answer<Upgrade> {
+        Ok(Response::new(Upgrade::default()))
     }
 
     async fn get_status(&self, _: Request<GetStatusRequest>) -> Answer<ServerStatus> {
