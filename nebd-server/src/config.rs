@@ -26,6 +26,8 @@ pub struct Config {
     pub file: File,
     /// The keeper.
     pub keeper: Keeper,
+    /// Planned takeovers.
+    pub upgrade: Upgrade,
 }
 
 /// Who may connect to the sockets; who may attach a volume is the volume's own business.
@@ -64,6 +66,15 @@ pub struct File {
     pub threads: usize,
 }
 
+/// Planned takeovers.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+#[serde(default, deny_unknown_fields)]
+pub struct Upgrade {
+    /// How long requests at their storage are waited for while everything stands still; what takes
+    /// longer holds back its own volume alone.
+    pub freeze_ms: u64,
+}
+
 /// The keeper.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
 #[serde(default, deny_unknown_fields)]
@@ -89,6 +100,7 @@ impl Default for Config {
             ring: Ring::default(),
             file: File::default(),
             keeper: Keeper::default(),
+            upgrade: Upgrade::default(),
         }
     }
 }
@@ -108,6 +120,12 @@ impl Default for Ring {
 impl Default for File {
     fn default() -> Self {
         File { dir: None, engine: "auto".into(), threads: 8 }
+    }
+}
+
+impl Default for Upgrade {
+    fn default() -> Self {
+        Upgrade { freeze_ms: 5 }
     }
 }
 

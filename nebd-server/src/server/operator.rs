@@ -294,15 +294,17 @@ impl Server {
 impl AdminApi for Server {
     fn start_upgrade(
         &self,
-        _: &Caller,
-        _: admin::StartUpgradeRequest,
+        caller: &Caller,
+        request: admin::StartUpgradeRequest,
     ) -> Result<admin::Upgrade, AdminError> {
-        let (volume, reason) = (String::new(), "upgrades are not wired up yet");
-        Err(AdminError::NotYet { volume, reason })
+        if !caller.is_root() && caller.uid != rustix::process::geteuid().as_raw() {
+            return Err(AdminError::RootOnly { uid: caller.uid, action: "replace the server" });
+        }
+        self.upgrades.start(&request)
     }
 
     fn upgrade(&self, _: &Caller) -> Result<admin::Upgrade, AdminError> {
-        Ok(admin::Upgrade::default())
+        Ok(self.upgrades.last())
     }
 
     fn create_volume(
@@ -310,6 +312,7 @@ impl AdminApi for Server {
         caller: &Caller,
         request: admin::CreateVolumeRequest,
     ) -> Result<admin::Volume, AdminError> {
+        let _pass = self.gate.enter("a creation");
         let spec = self.spec_of(&request)?;
         let name = spec.name.clone();
         if spec.path.is_some() && !caller.is_root() {
@@ -379,6 +382,7 @@ impl AdminApi for Server {
         caller: &Caller,
         request: admin::ResizeVolumeRequest,
     ) -> Result<admin::Volume, AdminError> {
+        let _pass = self.gate.enter("a resize");
         let name: VolumeName = request.name.parse()?;
         self.record_as_owner(caller, &name, "resize it")?;
         self.resize(&name, &request.operation_id, request.size_bytes, request.shrink)?;
@@ -391,6 +395,7 @@ impl AdminApi for Server {
         caller: &Caller,
         request: admin::DeleteVolumeRequest,
     ) -> Result<(), AdminError> {
+        let _pass = self.gate.enter("a deletion");
         let name: VolumeName = request.name.parse()?;
         // The answer names the very volume that this operation set out to delete: a newer one of the
         // same name is left alone.
@@ -430,6 +435,7 @@ impl AdminApi for Server {
         caller: &Caller,
         request: admin::UnparkVolumeRequest,
     ) -> Result<admin::Volume, AdminError> {
+        let _pass = self.gate.enter("an unpark");
         self.unpark(caller, &request.name, false)
     }
 
@@ -438,6 +444,7 @@ impl AdminApi for Server {
         caller: &Caller,
         request: admin::AbortVolumeRequest,
     ) -> Result<admin::Volume, AdminError> {
+        let _pass = self.gate.enter("an abort");
         self.unpark(caller, &request.name, true)
     }
 
@@ -446,6 +453,7 @@ impl AdminApi for Server {
         caller: &Caller,
         request: admin::LimitVolumeRequest,
     ) -> Result<admin::Volume, AdminError> {
+        let _pass = self.gate.enter("a change of limits");
         let name: VolumeName = request.name.parse()?;
         let action = "limit it";
         // A resize writes the same record.

@@ -54,6 +54,9 @@ pub(super) struct QueueTask {
     /// Waits for its volume's limits.
     pub(super) throttled: bool,
     pub(super) in_flight_count: usize,
+    /// While frozen: when it last answered, and whether its end was told.
+    pub(super) last_answer_ns: u64,
+    pub(super) told_drained: bool,
     key: usize,
     ringer: Rc<Ringer>,
     in_flight: Box<[Option<InFlight>]>,
@@ -89,6 +92,8 @@ impl QueueTask {
             touched: false,
             throttled: false,
             in_flight_count: 0,
+            last_answer_ns: 0,
+            told_drained: false,
             answered_inline: false,
             draining: false,
             idle_turns: 0,
