@@ -38,17 +38,12 @@ pub use view::View;
 /// for a server that has volumes to serve.
 const POLL: Duration = Duration::from_millis(25);
 
-/// How a takeover that was started ended, as far as this side can tell.
-pub enum Watched {
-    /// It is over, or goes on without us.
-    Seen(Upgrade),
-    /// Who serves now knows nothing of it.
-    Lost {
-        /// What was known last.
-        last: Upgrade,
-        /// What the present server told instead.
-        instead: Upgrade,
-    },
+/// What this side can tell of a takeover that was started.
+pub struct Watched {
+    /// What is known last: it is over, or goes on without us.
+    pub last: Upgrade,
+    /// What the server told that knows nothing of it: nobody knows how it ended.
+    pub lost_to: Option<Upgrade>,
 }
 
 /// `nebdctl upgrade`: does it, and returns what to print.
@@ -113,12 +108,12 @@ pub fn watch(
     loop {
         let is_enough = see(&report)?;
         if is_enough || report::is_final(report.state()) {
-            return Ok(Watched::Seen(report));
+            return Ok(Watched { last: report, lost_to: None });
         }
         std::thread::sleep(POLL);
         let next = ask(connection)?;
         if next.operation_id != report.operation_id {
-            return Ok(Watched::Lost { last: report, instead: next });
+            return Ok(Watched { last: report, lost_to: Some(next) });
         }
         report = next;
     }
@@ -147,9 +142,10 @@ fn carry(
         Ok(!waits && report.state() == UpgradeState::Probation)
     });
     drop(show);
-    match watched? {
-        Watched::Seen(report) => finish(&report, output),
-        Watched::Lost { last, instead } => Err(lost(connection, &last, &instead, output)),
+    let Watched { last, lost_to } = watched?;
+    match lost_to {
+        None => finish(&last, output),
+        Some(instead) => Err(lost(connection, &last, &instead, output)),
     }
 }
 

@@ -96,7 +96,7 @@ pub fn told(report: &Upgrade) -> String {
         .map(|blackout| format!(", blackout {}", blackout.figures()))
         .unwrap_or_default();
     match report.state() {
-        UpgradeState::None => "none".into(),
+        UpgradeState::None => "no takeover is known".into(),
         UpgradeState::Running => {
             format!("{what} under way, in {}: {from_to}", running(report).unwrap_or("-"))
         }
