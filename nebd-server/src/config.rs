@@ -73,6 +73,8 @@ pub struct Upgrade {
     /// How long requests at their storage are waited for while everything stands still; what takes
     /// longer holds back its own volume alone.
     pub freeze_ms: u64,
+    /// How long each step before may take, while the old server serves on.
+    pub step_timeout_ms: u64,
 }
 
 /// The keeper.
@@ -125,7 +127,7 @@ impl Default for File {
 
 impl Default for Upgrade {
     fn default() -> Self {
-        Upgrade { freeze_ms: 5 }
+        Upgrade { freeze_ms: 5, step_timeout_ms: 60_000 }
     }
 }
 

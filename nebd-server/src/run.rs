@@ -211,6 +211,7 @@ pub(crate) fn assemble(config: &Config, given: Ingredients) -> Result<Assembly, 
         binary: std::env::current_exe().map_err(system("find this executable"))?,
         state_dir: config.state_dir.clone(),
         freeze: Duration::from_millis(config.upgrade.freeze_ms),
+        step: Duration::from_millis(config.upgrade.step_timeout_ms),
     });
 
     let doorbell = doorbell().map_err(system("make a doorbell"))?;

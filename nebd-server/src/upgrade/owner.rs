@@ -27,11 +27,6 @@ use crate::holdings::Holdings;
 use crate::server::Server;
 use crate::shard::{Command, Freeze, FreezeEvent, monotonic_ns};
 
-/// From exec to the first answer: a busy host loads a binary slowly.
-const HELLO_TIME_MAX: Duration = Duration::from_secs(10);
-const OFFER_TIME_MAX: Duration = Duration::from_secs(30);
-/// Storage may be slow to open.
-const PREPARE_TIME_MAX: Duration = Duration::from_secs(60);
 /// What is under way in the control plane may take this long to end.
 const GATE_TIME_MAX: Duration = Duration::from_secs(5);
 /// Guests stand still while this runs.
@@ -181,7 +176,7 @@ impl Owner<'_> {
     }
 
     fn greet(&self, clients: &[Client]) -> Result<Welcome, Failure> {
-        let deadline = Instant::now() + HELLO_TIME_MAX;
+        let deadline = Instant::now() + self.holdings.step;
         let hello = Hello {
             versions: (message::VERSION_MIN, message::VERSION),
             purpose: match self.order.kind {
@@ -277,7 +272,7 @@ impl Owner<'_> {
     /// Offers the listeners and everything in the store. From now on changes are noted.
     fn offer_all(&self) -> Result<(), Failure> {
         let begin = monotonic_ns();
-        let deadline = Instant::now() + OFFER_TIME_MAX;
+        let deadline = Instant::now() + self.holdings.step;
         let own: Vec<(&str, BorrowedFd<'_>)> =
             self.holdings.fds.iter().map(|(name, fd)| (*name, fd.as_fd())).collect();
         send_offer(self.socket()?, &own, &[], deadline).map_err(failed("OFFER"))?;
@@ -319,7 +314,7 @@ impl Owner<'_> {
 
     fn prepare(&self, step: &'static str) -> Result<Prepared, Failure> {
         let begin = monotonic_ns();
-        let deadline = Instant::now() + PREPARE_TIME_MAX;
+        let deadline = Instant::now() + self.holdings.step;
         let socket = self.socket()?;
         Message::Prepare.send(socket, deadline).map_err(failed(step))?;
         crate::failpoint!("owner-prepare");
@@ -352,7 +347,7 @@ impl Owner<'_> {
             .close(Instant::now() + GATE_TIME_MAX)
             .map_err(|busy| failed("READY")(format!("still under way: {}", busy.join(", "))))?;
         let changed =
-            self.offer_changes(Instant::now() + OFFER_TIME_MAX).map_err(failed("READY"))?;
+            self.offer_changes(Instant::now() + self.holdings.step).map_err(failed("READY"))?;
         self.prepare("READY").inspect_err(|_| self.server.gate.open())?;
         if changed > 0 {
             let detail = format!("{changed} descriptors changed meanwhile");
