@@ -1,11 +1,15 @@
 //! A new keeper finds the server of a dead one.
 //!
 //! ```text
-//!   children: serving 17, other 18     18 is killed: a standby
+//!   children: serving 17, other 18     18 is killed: a standby, a candidate, or retired
 //!   17 alive, same start time ──► wait for REGISTER … FDSTORE … READY from 17 ──► keep it
 //!                                   │ it dies: keep the sockets it had sent
 //!                                   └ time is over: kill it, start anew
 //! ```
+//!
+//! A candidate that had claimed when both its keeper and the server before it died is killed with the
+//! others: who owns the generation is on the host page, and only a server can show us that. What
+//! was in the store is then what clients present anew.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,7 +21,7 @@ use rustix::process::Signal;
 use super::config::{KeeperConfig, KeeperError};
 use super::files::{self, Role};
 use super::mailbox::{Change, Mailbox, answer};
-use super::process::Process;
+use super::process::{Process, kill_unknown};
 use crate::names;
 use crate::notify::{timespec, wait};
 
@@ -97,6 +101,8 @@ fn register(
                 Some(Change::Remove(name)) => drop(estate.store.remove(&name)),
                 None => {}
             }
+            // Too early to watch it; its server, which cannot be told, notices.
+            note.candidate.filter(|pid| *pid != 0).into_iter().for_each(kill_unknown);
             barriers.extend(note.barrier);
             // A server that had just started when its keeper died says READY without registering.
             let complete = REQUIRED.iter().all(|name| estate.registered.contains_key(*name));

@@ -88,7 +88,7 @@ pub(crate) fn remove(path: &Path) {
 pub(crate) enum Role {
     /// It serves, or was told to.
     Serving,
-    /// Standing by, or about to exit.
+    /// Standing by, a candidate, or about to exit.
     Other,
 }
 
