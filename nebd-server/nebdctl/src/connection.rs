@@ -144,7 +144,8 @@ fn is_passing(status: &Status) -> bool {
 
 fn refused(status: Status) -> Failure {
     let message = match status.message() {
-        _ if status.code() == Code::Unimplemented => {
+        // An error of the server's own has words; this is what a router says of an unknown path.
+        "" if status.code() == Code::Unimplemented => {
             "the server does not know this call: it is older than this nebdctl".to_owned()
         }
         "" => format!("the server refused: {}", status.code()),

@@ -196,7 +196,7 @@ fn finish(args: &DemoArgs, report: &Report, problems: Vec<String>) -> Result<Str
 }
 
 fn text(report: &Report) -> String {
-    let mut events = Table::new(&["KIND", "SERVER", ">WRITES IN FLIGHT", ">BLACKOUT", "WHY"]);
+    let mut events = Table::new(&["KIND", "SERVER", ">WRITES IN FLIGHT", ">BLACKOUT", ""]);
     for event in &report.events {
         let server = match event.successor_pid == event.pid {
             true => format!("pid {} serves on", event.pid),

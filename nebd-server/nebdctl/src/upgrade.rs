@@ -37,6 +37,8 @@ pub use view::View;
 /// Pause between two questions: short beside a takeover of tens of milliseconds, and little work
 /// for a server that has volumes to serve.
 const POLL: Duration = Duration::from_millis(25);
+/// The same while nothing but the probation goes on, which our own questions are not to disturb.
+const POLL_PROBATION: Duration = Duration::from_millis(50);
 
 /// What this side can tell of a takeover that was started.
 pub struct Watched {
@@ -110,7 +112,10 @@ pub fn watch(
         if is_enough || report::is_final(report.state()) {
             return Ok(Watched { last: report, lost_to: None });
         }
-        std::thread::sleep(POLL);
+        std::thread::sleep(match report.state() {
+            UpgradeState::Probation => POLL_PROBATION,
+            _ => POLL,
+        });
         let next = ask(connection)?;
         if next.operation_id != report.operation_id {
             return Ok(Watched { last: report, lost_to: Some(next) });

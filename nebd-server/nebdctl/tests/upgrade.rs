@@ -230,6 +230,33 @@ fn a_probation_is_waited_for_unless_told_otherwise() {
 }
 
 #[test]
+fn on_a_terminal_a_live_line_counts_down() {
+    if Command::new("script").arg("--version").output().is_err() {
+        println!("skipped: script (bsdutils) is not here to make a terminal");
+        return;
+    }
+    let probation = |left: u64| {
+        let report = Upgrade { state: UpgradeState::Probation.into(), ..done() };
+        Scene::Tells(Upgrade { probation_left_ms: left, ..report })
+    };
+    let mut scenes = vec![tells(UpgradeState::Running, 2); 20];
+    scenes.extend((1..=20).rev().map(|left| probation(left * 1000)));
+    scenes.push(Scene::Tells(done()));
+    let fake = Fake::start_playing(scenes);
+    let output = Command::new("script")
+        .env("NEBD_SOCKET", fake.socket())
+        .env("TERM", "xterm")
+        .args(["-qec", &format!("{} upgrade", env!("CARGO_BIN_EXE_nebdctl")), "/dev/null"])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let (out, _) = told(&output, 0);
+    assert!(out.contains("PREPARE, "), "{out}");
+    assert!(out.contains(" s left, blackout p50 5.00 ms"), "{out}");
+    assert!(out.trim_end().ends_with("done        0.1.0 (pid 120) → 0.2.0 (pid 340)"), "{out}");
+}
+
+#[test]
 fn a_failed_probation_is_exit_code_1() {
     let back = Upgrade {
         reason: "file:d7: p99 of reads rose from 1 ms to 80 ms".into(),

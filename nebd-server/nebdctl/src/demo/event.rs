@@ -81,8 +81,9 @@ pub struct Events<'a> {
 }
 
 impl<'a> Events<'a> {
-    /// None yet.
+    /// None yet; gaps count from here.
     pub fn new(stage: &'a Stage, load: &'a Load, timeline: &'a Timeline) -> Events<'a> {
+        load.take_gap_ns();
         Events { stage, load, timeline, list: Vec::new(), quiet_ns_max: 0 }
     }
 

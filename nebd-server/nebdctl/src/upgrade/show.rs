@@ -28,7 +28,7 @@ impl Show {
         let live = match io::stderr().is_terminal() {
             false => ProgressBar::hidden(),
             true => {
-                let style = ProgressStyle::with_template("{spinner} {msg}");
+                let style = ProgressStyle::with_template("{spinner} {wide_msg}");
                 let bar = ProgressBar::new_spinner();
                 // It turns while the server that goes and the one that comes are both silent.
                 bar.enable_steady_tick(Duration::from_millis(100));
