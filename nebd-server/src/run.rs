@@ -257,8 +257,9 @@ impl Assembly {
     /// Serves until the process ends, on probation if one is given.
     pub(crate) fn serve(self, probation: Option<Probation>) -> Result<(), RunError> {
         let Assembly { server, holdings, control, admin, life } = self;
-        let _admin = crate::admin::spawn(admin.into(), server.clone())
+        let admin = crate::admin::spawn(admin.into(), server.clone())
             .map_err(system("start the admin service"))?;
+        server.upgrades.set_admin(admin);
         // A service manager has no life pipe: it does not die before its services.
         if let (Some(notifier), Some(life)) = (&holdings.notifier, life) {
             watch_keeper(Reregister::new(notifier.clone(), life), holdings.clone())?;

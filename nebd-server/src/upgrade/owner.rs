@@ -434,6 +434,7 @@ impl Owner<'_> {
         if let Ok(socket) = self.socket() {
             let _ = Message::Released.send(socket, Instant::now() + FENCE_TIME_MAX);
         }
+        self.server.upgrades.stop_admin();
         let deadline = Instant::now() + LINGER_TIME_MAX;
         while !waiting.is_empty() {
             match events.recv_deadline(deadline) {
