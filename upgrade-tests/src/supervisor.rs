@@ -165,11 +165,7 @@ impl HostConfig {
         format!(
             "shards = {}\n[file]\nengine = \"{}\"\n[keeper]\nstandby = {}\nhang_timeout_ms = {}\n\
              backoff_min_ms = 1\nbackoff_max_ms = 200\n[upgrade]\nstep_timeout_ms = {}\n",
-            self.shards,
-            self.file_engine,
-            self.standby,
-            self.hang_timeout_ms,
-            self.step_timeout_ms
+            self.shards, self.file_engine, self.standby, self.hang_timeout_ms, self.step_timeout_ms
         )
     }
 }

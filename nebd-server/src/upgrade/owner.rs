@@ -31,7 +31,9 @@ use crate::shard::{Command, Freeze, FreezeEvent, monotonic_ns};
 const GATE_TIME_MAX: Duration = Duration::from_secs(5);
 /// Guests stand still while this runs.
 const FENCE_TIME_MAX: Duration = Duration::from_secs(1);
-const RESUME_TIME_MAX: Duration = Duration::from_secs(10);
+/// What can be served at once is served within milliseconds; a new server that is silent for this
+/// long is frozen, and the next one is quicker than its thaw.
+const RESUME_TIME_MAX: Duration = Duration::from_secs(2);
 const LINGER_TIME_MAX: Duration = Duration::from_secs(10);
 /// Entries of the store in one message.
 const OFFER_ENTRIES_MAX: usize = 128;
@@ -415,7 +417,7 @@ impl Owner<'_> {
 
     /// Gives up what the new owner waits for, and goes.
     fn release(
-        &self,
+        &mut self,
         left: Vec<SessionId>,
         events: &Receiver<FreezeEvent>,
     ) -> Result<Never, Failure> {
@@ -454,14 +456,20 @@ impl Owner<'_> {
         }
         crate::failpoint!("owner-released");
         // The service manager must hear of the new one before it sees the end of the old one.
-        let resumed = self
-            .socket()
-            .and_then(|socket| {
-                let deadline = Instant::now() + RESUME_TIME_MAX;
-                Message::receive(socket, deadline).map_err(failed("RESUME"))
-            })
-            .is_ok_and(|message| matches!(message, Message::Resumed));
-        tracing::info!(event = "takeover", resumed, "handed over; this server goes");
+        let resumed = self.socket().and_then(|socket| {
+            let deadline = Instant::now() + RESUME_TIME_MAX;
+            Message::receive(socket, deadline).map_err(failed("RESUME"))
+        });
+        if !matches!(resumed, Ok(Message::Resumed)) {
+            tracing::error!(event = "takeover", "the new server does not serve; it is killed");
+            if let Some(candidate) = &mut self.candidate
+                && let Err(error) = candidate.child.kill().and_then(|()| candidate.child.wait())
+            {
+                tracing::error!(%error, "the end of the new server cannot be awaited");
+            }
+            std::process::exit(1);
+        }
+        tracing::info!(event = "takeover", "handed over; this server goes");
         crate::failpoint!("owner-linger");
         std::process::exit(0);
     }

@@ -103,7 +103,9 @@ mod tests {
 
     #[test]
     fn every_kind_is_read_back() {
-        for text in ["sigkill", "sigsegv", "sigabrt", "sigstop", "stop-cont", "planned", "after-pop:hang"] {
+        for text in
+            ["sigkill", "sigsegv", "sigabrt", "sigstop", "stop-cont", "planned", "after-pop:hang"]
+        {
             assert_eq!(text.parse::<Kill>().unwrap().to_string(), text);
         }
         assert!("after-pop:dance".parse::<Kill>().is_err());

@@ -108,9 +108,7 @@ impl Admin {
 
     /// The planned takeover under way, or the last one.
     pub fn upgrade(&self) -> Result<admin::Upgrade, AdminError> {
-        self.call(|mut client| async move {
-            client.get_upgrade(admin::GetUpgradeRequest {}).await
-        })
+        self.call(|mut client| async move { client.get_upgrade(admin::GetUpgradeRequest {}).await })
     }
 
     /// What the server says of itself.
