@@ -181,7 +181,7 @@ pub(crate) struct Ingredients {
 pub(crate) struct Assembly {
     pub(crate) server: Arc<Server>,
     pub(crate) holdings: Arc<Holdings>,
-    control: Control,
+    pub(crate) control: Control,
     admin: OwnedFd,
     life: Option<OwnedFd>,
 }

@@ -261,7 +261,7 @@ impl Campaign {
         match kind {
             Kill::Signal(signal) => self.kill_victim(victim, *signal)?,
             // Of `takeover`.
-            Kill::Takeover => return Ok(false),
+            Kill::Takeover | Kill::TakeoverBy(_) => return Ok(false),
             Kill::StopAndContinue => {
                 self.host.signal(victim, Signal::SIGSTOP)?;
                 std::thread::sleep(Duration::from_millis(self.config.hang_timeout_ms / 8));

@@ -99,6 +99,8 @@ struct Candidate<'a> {
     sessions: HashMap<SessionId, AttachRequest>,
     /// Volumes that were opened as an observer.
     volumes: BTreeSet<VolumeName>,
+    /// Connections of clients.
+    connections: Vec<(SessionId, OwnedFd)>,
 }
 
 impl<'a> Candidate<'a> {
@@ -126,7 +128,9 @@ impl<'a> Candidate<'a> {
         let assembly = collect(config, socket, &hello)?;
         crate::failpoint!("candidate-offer");
         let (sessions, volumes) = (HashMap::new(), BTreeSet::new());
-        let candidate = Candidate { socket, hello, owner, assembly, sessions, volumes };
+        let connections = Vec::new();
+        let candidate =
+            Candidate { socket, hello, owner, assembly, sessions, volumes, connections };
         candidate.follow()
     }
 
@@ -142,6 +146,7 @@ impl<'a> Candidate<'a> {
                     changed.extend(offer.removed.iter().cloned());
                     take(&self.assembly, offer);
                 }
+                Message::Connections(connections) => self.connections = connections,
                 Message::Prepare => self.prepare(Some(changed.take().unwrap_or_default()))?,
                 Message::Frozen(frozen) => {
                     self.invalidate(&changed.take().unwrap_or_default());
@@ -254,6 +259,7 @@ impl<'a> Candidate<'a> {
         let state_dir = self.assembly.holdings.state_dir.clone();
         let server = self.assembly.server.clone();
         server.upgrades.report().adopt(&frozen.report, &state_dir, &self.hello.binary);
+        self.assembly.control.adopt(std::mem::take(&mut self.connections));
         self.await_release()?;
         server.upgrades.report().step("FENCE", begin, format!("generation {generation}"));
         let resume = monotonic_ns();

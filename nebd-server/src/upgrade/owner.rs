@@ -403,8 +403,19 @@ impl Owner<'_> {
             left: left.clone(),
             probation_ms: self.order.probation.as_millis() as u64,
         };
+        self.offer_connections(patience).map_err(failed("FREEZE"))?;
         Message::Frozen(frozen).send(self.socket()?, patience).map_err(failed("FREEZE"))?;
         Ok((left, events))
+    }
+
+    fn offer_connections(&self, deadline: Instant) -> Result<(), WireError> {
+        let Some(candidate) = &self.candidate else { return Err(WireError::Gone) };
+        let speakers = self.server.speakers();
+        let connections = speakers.iter().filter_map(|(session, socket)| {
+            // One that cannot be duplicated is closed with this process: its client comes back.
+            Some((*session, socket.try_clone().ok()?))
+        });
+        Message::Connections(connections.collect()).send(&candidate.socket, deadline)
     }
 
     fn fence(&self) -> Result<(), Failure> {

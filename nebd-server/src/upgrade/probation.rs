@@ -10,10 +10,10 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Acquire, Relaxed};
 use std::time::{Duration, Instant};
 
-use nebd_rpc::admin::{UpgradeKind, UpgradeState};
+use nebd_rpc::admin::{Blackout, UpgradeKind, UpgradeState};
 
 use super::Order;
 use crate::holdings::Holdings;
@@ -21,6 +21,8 @@ use crate::server::Server;
 
 /// Between looks.
 const PERIOD: Duration = Duration::from_secs(1);
+/// Clients write down what they saw of the takeover with their first completion after it.
+const BLACKOUT_TIME: Duration = Duration::from_millis(200);
 /// A session that is not served this long after the takeover is a reason to go back.
 const RESUME_TIME_MAX: Duration = Duration::from_secs(30);
 /// So many new errors, and so many in a thousand requests, are a reason to go back.
@@ -49,6 +51,10 @@ impl Probation {
     fn watch(self, server: &Arc<Server>, holdings: &Holdings) {
         let start = Instant::now();
         let begin_ns = crate::shard::monotonic_ns();
+        if !self.length.is_zero() {
+            std::thread::sleep(BLACKOUT_TIME.min(self.length));
+            take_blackouts(server);
+        }
         while start.elapsed() < self.length {
             if let Some(reason) = complaint(server, start.elapsed()) {
                 return go_back(server, &reason);
@@ -73,6 +79,22 @@ impl Probation {
             report.finish(UpgradeState::Done, "");
         }
     }
+}
+
+/// What the clients saw, in place of what the servers reckoned, where they have noted it.
+fn take_blackouts(server: &Server) {
+    let mut report = server.upgrades.report();
+    let mut blackouts = report.to_message().blackouts;
+    for Blackout { session, blackout_us, .. } in &mut blackouts {
+        let Some(session) = session.parse().ok().and_then(|id| server.session(id)) else {
+            continue;
+        };
+        let header = session.region.header();
+        if header.blackout_generation.load(Acquire) == server.generation.0 {
+            *blackout_us = header.blackout_last_us.load(Relaxed);
+        }
+    }
+    report.set_blackouts(blackouts);
 }
 
 fn complaint(server: &Server, elapsed: Duration) -> Option<String> {

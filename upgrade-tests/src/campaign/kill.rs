@@ -1,6 +1,7 @@
 //! How a server dies.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use nix::sys::signal::Signal;
@@ -14,6 +15,8 @@ pub enum Kill {
     StopAndContinue,
     /// Not at all: another server takes over as planned.
     Takeover,
+    /// The same, by this binary.
+    TakeoverBy(PathBuf),
     /// At a point in its code. The server that runs is killed first, for the list of failpoints is
     /// read at start.
     Failpoint {
@@ -37,7 +40,7 @@ impl Kill {
     /// Whether it is a planned takeover, or a point of one.
     pub(super) fn is_takeover(&self) -> bool {
         match self {
-            Kill::Takeover => true,
+            Kill::Takeover | Kill::TakeoverBy(_) => true,
             Kill::Failpoint { point, .. } => {
                 point.starts_with("owner-") || point.starts_with("candidate-")
             }
@@ -91,7 +94,7 @@ impl fmt::Display for Kill {
         match self {
             Kill::Signal(signal) => f.write_str(&signal.as_str().to_lowercase()),
             Kill::StopAndContinue => f.write_str("stop-cont"),
-            Kill::Takeover => f.write_str("planned"),
+            Kill::Takeover | Kill::TakeoverBy(_) => f.write_str("planned"),
             Kill::Failpoint { point, action } => write!(f, "{point}:{action}"),
         }
     }

@@ -8,6 +8,7 @@
 //!
 //! Whatever happens, IO goes on, nothing is wrong with a block, and in the end one server serves.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nebd_rpc::admin::{Upgrade, UpgradeState};
@@ -60,7 +61,7 @@ impl Campaign {
             self.host().arm(point, action, 1)?;
             if point.starts_with("owner-") {
                 // The present server has read its list; its successor will meet the point.
-                self.begin_takeover()?;
+                self.begin_takeover(None)?;
                 self.end_takeover(|state| state == UpgradeState::Done)?;
             }
         }
@@ -73,7 +74,10 @@ impl Campaign {
         self.timeline.kill.arm(self.timeline.now());
         self.timeline.kill.happened();
         let before = self.completions();
-        self.begin_takeover()?;
+        self.begin_takeover(match kind {
+            Kill::TakeoverBy(binary) => Some(binary),
+            _ => None,
+        })?;
         match fault {
             None => {
                 self.end_takeover(|state| state == UpgradeState::Done)?;
@@ -87,10 +91,10 @@ impl Campaign {
         Ok(())
     }
 
-    fn begin_takeover(&mut self) -> Result<(), CampaignError> {
+    fn begin_takeover(&mut self, binary: Option<&Path>) -> Result<(), CampaignError> {
         let operation = self.dice.below(u64::MAX).to_le_bytes().repeat(2);
         let admin = self.host().admin()?;
-        admin.start_upgrade(&operation).map_err(HostError::from)?;
+        admin.start_upgrade(&operation, binary).map_err(HostError::from)?;
         Ok(())
     }
 

@@ -93,11 +93,16 @@ impl Admin {
         })
     }
 
-    /// Starts a planned takeover by the server's own binary, without a probation.
-    pub fn start_upgrade(&self, operation_id: &[u8]) -> Result<admin::Upgrade, AdminError> {
+    /// Starts a planned takeover by this binary or the server's own, without a probation.
+    pub fn start_upgrade(
+        &self,
+        operation_id: &[u8],
+        binary: Option<&Path>,
+    ) -> Result<admin::Upgrade, AdminError> {
         let request = admin::StartUpgradeRequest {
             operation_id: operation_id.to_vec().into(),
             kind: admin::UpgradeKind::Upgrade.into(),
+            binary: binary.map_or_else(String::new, |path| path.to_string_lossy().into_owned()),
             ..admin::StartUpgradeRequest::default()
         };
         self.call(|mut client| {
