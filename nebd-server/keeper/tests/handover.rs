@@ -36,7 +36,7 @@ fn a_candidate_takes_over() {
     let rig = start(&[]);
     rig.tell("store m.a a");
     let (first, candidate) = with_candidate(&rig);
-    assert_eq!(rig.role(candidate).as_deref(), Some("other"));
+    assert_eq!(rig.role(candidate).as_deref(), Some("candidate"));
     rig.tell_pid(candidate, "store m.early x");
     rig.tell_pid(candidate, "claim");
     rig.tell_pid(candidate, "main_pid");
@@ -352,6 +352,38 @@ fn a_new_keeper_kills_the_candidate_of_a_server_that_it_adopts() {
     });
     await_end(candidate);
     assert_eq!(rig.info().pid, first.pid);
+}
+
+/// The keeper dies when the candidate is about to take over, and is back when it has.
+#[test]
+fn a_new_keeper_finds_a_candidate_that_has_taken_over() {
+    for old_lives in [false, true] {
+        let mut rig = start(&["adopt_ms=60000"]);
+        rig.tell("store m.a a");
+        let (first, candidate) = with_candidate(&rig);
+        rig.kill_keeper();
+        rig.tell_pid(candidate, "claim");
+        if !old_lives {
+            rig.ask_pid(first.pid, "die exit").unwrap_err();
+            await_end(first.pid);
+        }
+        rig.replace_dead_keeper();
+        if old_lives {
+            // It registers, and is found to have lost.
+            await_end(first.pid);
+        }
+        rig.tell_pid(candidate, "serve");
+        eventually("the new keeper knows the server", || {
+            (rig.ask("store m.b b").ok()? == "ok").then_some(())
+        });
+        await_server_pid(&rig, candidate);
+        let second = rig.info();
+        assert_eq!((second.pid, second.generation), (candidate, 2));
+        rig.tell_last("die kill");
+        let third = rig.successor(&second);
+        assert_eq!((third.generation, third.store.len()), (3, 2));
+        rig.assert_no_rivals();
+    }
 }
 
 #[test]
