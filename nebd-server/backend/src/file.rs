@@ -247,11 +247,13 @@ impl Backend for FileBackend {
     fn prepare(
         &self,
         spec: &VolumeSpec,
-        _context: &PrepareContext,
+        context: &PrepareContext,
     ) -> Result<Box<dyn PreparedVolume>, BackendError> {
         let path = self.path(spec);
-        let examined = Examined::observe(&spec.name, &path, spec.block_size, self.config.direct)?;
+        let mut examined =
+            Examined::observe(&spec.name, &path, spec.block_size, self.config.direct)?;
         usable_size(spec, &examined.file, examined.kind)?;
+        examined.witnesses = witness::known(&*context.store, spec.name.name(), examined.identity);
         let block_size = spec.block_size;
         Ok(Box::new(Prepared { backend: self.clone(), path, block_size, examined }))
     }

@@ -70,8 +70,8 @@ impl OpenFile {
                 Examined::new(name, file, direct, block_size)?
             }
         };
-        let Examined { file, kind, identity, alignment, is_direct } = examined;
-        let syncs = open_syncs(name, path, identity, context)?;
+        let Examined { file, kind, identity, alignment, is_direct, witnesses } = examined;
+        let syncs = open_syncs(name, path, identity, &witnesses, context)?;
         Ok(Arc::new(OpenFile {
             watches_links: kind == Kind::Regular && system::has_cheap_attributes(&file),
             file,
@@ -215,6 +215,7 @@ fn open_syncs(
     name: &VolumeName,
     path: PathBuf,
     identity: Identity,
+    known: &[String],
     context: &OpenContext,
 ) -> Result<Syncs, BackendError> {
     if !context.store.is_durable() {
@@ -227,13 +228,15 @@ fn open_syncs(
     let failed = system_error(name, "keep its flush witnesses");
     let store = context.store.clone();
     let witnesses = Witnesses::new(store, name.name(), path, identity, context.generation);
-    let mut earlier = !witnesses.names().is_empty();
-    if earlier && !witnesses.are_of_this_file() {
+    let stored = witnesses.names();
+    let mut earlier = !stored.is_empty();
+    let is_foreign = |name: &&String| !known.contains(name) && !witnesses.is_of_this_file(name);
+    if stored.iter().any(|name| is_foreign(&name)) {
         if context.previous_major.is_some() {
             return Err(failed(io::Error::from_raw_os_error(libc::ESTALE)));
         }
         // Of a file that was deleted since.
-        witnesses.remove(&witnesses.names()).map_err(&failed)?;
+        witnesses.remove(&stored).map_err(&failed)?;
         earlier = false;
     }
     let owed = earlier || context.previous_major.is_some();

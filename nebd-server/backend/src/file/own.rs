@@ -33,6 +33,8 @@ pub(super) struct Examined {
     /// Memory and offset alignment that direct IO demands, if it is used.
     pub(super) alignment: (u32, u32),
     pub(super) is_direct: bool,
+    /// Stored flush witnesses that are known to be of this file.
+    pub(super) witnesses: Vec<String>,
 }
 
 impl Examined {
@@ -47,8 +49,14 @@ impl Examined {
         let kind = system::kind(&file).map_err(&failed)?;
         let identity = Identity::of(&file).map_err(&failed)?;
         let alignment = if is_direct { system::direct_alignment(&file) } else { None };
-        let mut examined =
-            Examined { file, kind, identity, alignment: alignment.unwrap_or((1, 1)), is_direct };
+        let mut examined = Examined {
+            file,
+            kind,
+            identity,
+            alignment: alignment.unwrap_or((1, 1)),
+            is_direct,
+            witnesses: Vec::new(),
+        };
         if is_direct && alignment.is_none_or(|(_, offset)| offset > block_size) {
             tracing::warn!(
                 volume = %name,

@@ -81,14 +81,14 @@ pub(super) struct Vacancy {
 impl Supervisor {
     /// The server announces a candidate, or (0) takes that back.
     pub(super) fn on_candidate(&mut self, pid: i32) {
-        if let Some(former) = &self.candidate {
-            // It is dead if the server kept to the protocol; its end is worked off by its own event.
-            former.process.signal(Signal::KILL);
-        }
+        // It is dead if the server kept to the protocol; its end is worked off by its own event.
+        let is_over = |c: &Candidate| c.process.is_dead() && c.seen == self.page.generation();
+        let is_free = self.candidate.as_ref().is_none_or(is_over);
+        self.candidate.iter().for_each(|c| c.process.signal(Signal::KILL));
         if pid == 0 || self.processes().any(|process| process.pid == pid) {
             return;
         }
-        let Some(process) = self.acceptable_candidate(pid) else {
+        let Some(process) = self.acceptable_candidate(pid, is_free) else {
             return process::kill_unknown(pid);
         };
         let seen = self.page.generation();
@@ -100,10 +100,9 @@ impl Supervisor {
 
     /// One that cannot be watched, or that would have a rival, must not live: its server could not
     /// be told, and would go on.
-    fn acceptable_candidate(&self, pid: i32) -> Option<Process> {
-        let is_over = |c: &Candidate| c.process.is_dead() && c.seen == self.page.generation();
+    fn acceptable_candidate(&self, pid: i32, is_free: bool) -> Option<Process> {
         let is_ready = self.serving.as_ref().is_some_and(|s| s.ready);
-        if !is_ready || self.stopping.is_some() || !self.candidate.as_ref().is_none_or(is_over) {
+        if !is_ready || !is_free || self.stopping.is_some() {
             tracing::error!(pid, "no time for a candidate; killed");
             return None;
         }

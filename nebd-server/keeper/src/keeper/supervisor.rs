@@ -449,8 +449,13 @@ impl Supervisor {
     /// Also with one that is about to start.
     pub(super) fn write_children_with(&self, starting: Option<(&Process, Role)>) {
         let serving = self.serving.as_ref().map(|s| s.process.pid);
+        let candidate = self.candidate.as_ref().map(|c| c.process.pid);
         let record = |p: &Process| {
-            let role = if serving == Some(p.pid) { Role::Serving } else { Role::Other };
+            let role = match Some(p.pid) {
+                pid if pid == serving => Role::Serving,
+                pid if pid == candidate => Role::Candidate,
+                _ => Role::Other,
+            };
             Record { role, pid: p.pid, start: p.start }
         };
         let starting = starting.map(|(p, role)| Record { role, ..record(p) });
