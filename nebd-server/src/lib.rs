@@ -15,6 +15,7 @@
 pub mod admin;
 pub mod config;
 pub mod failpoint;
+pub mod metrics;
 pub mod registry;
 pub mod run;
 pub mod session;

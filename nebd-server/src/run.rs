@@ -130,6 +130,8 @@ pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(
         listener(inherited.client.take(), || sockets::packet(&config.socket, mode, config))?;
     let notifier = Notifier::from_env().map(Arc::new);
     let store = Arc::new(ServerStore::new(std::mem::take(&mut inherited.store), notifier.clone()));
+    let kind = crate::metrics::unplanned(seen, host.death_of(seen));
+    crate::metrics::start(&*store, generation, kind);
     let holdings = Held {
         fds: [
             (nebd_keeper::names::CLIENT, client.try_clone()),
@@ -170,6 +172,7 @@ pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(
     }
     crate::failpoint!("after-ready");
     server.resume_all(stored);
+    crate::metrics::endpoint::spawn(config, server.clone());
     control.run().map_err(system("wait for events"))
 }
 

@@ -23,7 +23,7 @@ pub fn run(connection: &Connection, output: OutputArgs) -> Result<String, Failur
 
 /// The server's status.
 pub fn ask(connection: &Connection) -> Result<Status, Failure> {
-    connection.call(|mut c| async move { c.get_status(GetStatusRequest {}).await })
+    connection.call(|mut c| async move { c.get_status(GetStatusRequest::default()).await })
 }
 
 fn text(status: &Status) -> String {

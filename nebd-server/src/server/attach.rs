@@ -154,6 +154,7 @@ impl Server {
         if let Some(entry) = self.entries().get_mut(&id) {
             entry.session = Some(session.clone());
         }
+        crate::metrics::track(id, &session.volume.name, &session.ledger);
         self.notices.send(Notice::Live(session.clone()));
         self.start(prepared);
         Ok(session)
@@ -358,7 +359,7 @@ impl Server {
                  crashes of the server",
                 session.id, first.request.slot, first.request.op, first.request.offset
             );
-            tracing::error!(volume = %volume.name, reason, "volume parked");
+            crate::metrics::alarm::volume_parked(&volume.name, &reason);
             volume.set_parked(Some(reason));
             self.quarantine().park(&volume.name, verdicts.parked);
             self.park_sessions(&volume.name, true);
@@ -421,6 +422,9 @@ impl Server {
                     exclusive: flags.contains(AttachFlags::EXCLUSIVE),
                     session: None,
                 };
+                if let Some(ledger) = &request.ledger {
+                    crate::metrics::track(id, &entry.volume, ledger);
+                }
                 self.entries().insert(id, entry);
                 Some(request)
             }
@@ -454,6 +458,7 @@ impl Server {
         while let Err(error) = attached {
             if !error.is_transient() {
                 tracing::error!(session = %id, %error, "session cannot be resumed");
+                crate::metrics::retire(id);
                 self.store.remove_all(&Session::store_name(id, ""));
                 self.entries().remove(&id);
                 return;

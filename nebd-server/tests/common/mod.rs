@@ -87,7 +87,7 @@ impl Server {
     }
 
     pub fn status(&self) -> Status {
-        self.admin(async |mut client| client.get_status(GetStatusRequest {}).await)
+        self.admin(async |mut client| client.get_status(GetStatusRequest::default()).await)
             .unwrap()
             .into_inner()
     }
