@@ -108,6 +108,7 @@ pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(
     if standby && !stand_by(&mut inherited)? {
         return Ok(());
     }
+    let start = std::time::Instant::now();
     make_room_for_descriptors(inherited.store.len());
     // The owner of `seen` is confirmed dead before its generation is replaced; if somebody else
     // replaces it meanwhile, the claim fails.
@@ -165,6 +166,7 @@ pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(
         .map_err(system("start the admin service"))?;
     if let Some(notifier) = notifier {
         notifier.ready();
+        crate::metrics::note_phase("start", start.elapsed());
         // A service manager has no life pipe: it does not die before its services.
         if let Some(life) = inherited.life.take() {
             watch_keeper(Reregister::new(notifier, life), holdings)?;

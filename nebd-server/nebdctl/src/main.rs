@@ -9,6 +9,7 @@ mod image;
 mod manual;
 mod status;
 mod table;
+mod top;
 mod units;
 mod view;
 mod volume;
@@ -58,6 +59,7 @@ fn run(cli: Cli) -> Result<String, Failure> {
     match cli.command {
         Command::Volume(command) => volume::run(&cli.socket, &connect()?, command),
         Command::Status(output) => status::run(&connect()?, output),
+        Command::Top(args) => top::run(&cli.socket, &connect()?, &args),
         Command::Bench(args) => bench::run(&cli.socket, connect()?, &args),
         Command::Demo(args) => demo::run(&args),
         Command::Completions { shell } => Ok(manual::completions(shell)),

@@ -8,6 +8,7 @@ use crate::cli::OutputArgs;
 use crate::connection::Connection;
 use crate::failure::Failure;
 use crate::table::Table;
+use crate::top;
 use crate::units::{Count, Micros, Size};
 use crate::view;
 use crate::volume::{dash, parked_advice, table};
@@ -35,6 +36,7 @@ fn text(status: &Status) -> String {
     line("generation", status.generation.to_string());
     line("up", Micros(status.uptime_ms.saturating_mul(1000)).to_string());
     line("last death", dash(&status.last_death));
+    line("takeovers", top::takeovers_of(status));
     line("file engine", dash(&status.file_engine));
     let kept = if status.fd_store {
         "yes"

@@ -53,7 +53,7 @@ pub struct Counters {
     /// For how long, all queues together.
     pub throttled_ns: AtomicU64,
     reserved: AtomicU64,
-    /// From being given to the storage to being answered.
+    /// From being taken from the ring to being answered.
     pub latency: Histogram,
 }
 

@@ -86,7 +86,7 @@ catalogue! {
     BYTES Counter "nebd_volume_bytes_total" ["volume", "op"]
         "Bytes of requests answered without an error.";
     LATENCY Histogram "nebd_volume_latency_seconds" ["volume"]
-        "From being given to the storage to being answered.";
+        "From being taken from the ring to being answered.";
     IN_FLIGHT Gauge "nebd_volume_in_flight" ["volume"] "Requests at the storage.";
     STALLED Gauge "nebd_volume_stalled_requests" ["volume"]
         "Requests at the storage for longer than ring.stall_alarm_ms.";

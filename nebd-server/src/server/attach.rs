@@ -2,7 +2,8 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicUsize, Ordering::AcqRel};
+use std::time::{Duration, Instant};
 
 use nebd_abi::control::AttachFlags;
 use nebd_abi::layout::{ServerState, SessionId};
@@ -443,9 +444,15 @@ impl Server {
 
     /// Starts the sessions that have their places, each on a thread of its own.
     pub fn resume_all(self: &Arc<Self>, requests: Vec<AttachRequest>) {
+        let (start, left) = (Instant::now(), Arc::new(AtomicUsize::new(requests.len())));
         for request in requests {
-            let server = self.clone();
-            self.jobs.spawn(move || server.resume(request));
+            let (server, left) = (self.clone(), left.clone());
+            self.jobs.spawn(move || {
+                server.resume(request);
+                if left.fetch_sub(1, AcqRel) == 1 {
+                    crate::metrics::note_phase("resume", start.elapsed());
+                }
+            });
         }
     }
 

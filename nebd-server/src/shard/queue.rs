@@ -65,6 +65,8 @@ pub(super) struct QueueTask {
     parked: bool,
     draining: bool,
     idle_turns: u32,
+    /// When requests of this turn were taken up: one look at the clock for all of them.
+    turn: Instant,
     tally: Tally,
     /// At the last beat some request had waited conspicuously; how many of them were stalls.
     conspicuous: Option<u32>,
@@ -93,6 +95,7 @@ impl QueueTask {
             touched: false,
             throttled: None,
             in_flight_count: 0,
+            turn: Instant::now(),
             tally: Tally::default(),
             conspicuous: None,
             answered_inline: false,
@@ -111,6 +114,7 @@ impl QueueTask {
     }
 
     fn release_held(&mut self, lane: &mut Lane, context: &ShardContext) {
+        self.turn = Instant::now();
         for request in std::mem::take(&mut self.held) {
             crate::failpoint!("reissue");
             self.dispatch(lane, context, &request, false);
@@ -142,6 +146,9 @@ impl QueueTask {
             }
             let Some(request) = self.ring.pop()? else { break };
             crate::failpoint!("after-pop");
+            if taken == 0 {
+                self.turn = Instant::now();
+            }
             self.dispatch(lane, context, &request, false);
             taken += 1;
             bytes = request.length.saturating_add(bytes);
@@ -219,7 +226,7 @@ impl QueueTask {
             fence,
             op: translated.op,
             length: request.length,
-            since: Instant::now(),
+            since: self.turn,
             alarmed: false,
             suspect,
             _memories: translated.uses_memories.then(|| self.memories.clone()),
@@ -254,6 +261,7 @@ impl QueueTask {
             context.events.send(ShardEvent::SuspectAnswered(self.session.id));
         } else {
             let slot = request.slot as usize;
+            self.turn = Instant::now();
             self.dispatch(lane, context, &request, true);
             let is_out = |out: &InFlight| out.suspect && out.seq == request.seq;
             if !self.in_flight[slot].as_ref().is_some_and(is_out) {
