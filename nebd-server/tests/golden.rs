@@ -57,13 +57,13 @@ fn fill(counters: &Counters) {
     counters.throttles.store(0x42, Relaxed);
     counters.throttled_ns.store(0x43, Relaxed);
     counters.latency.record(7_500);
-    counters.latency.record(1_000_000);
+    counters.latency.record(1_024_000);
 }
 
 fn check(totals: &Totals) {
     assert_eq!((totals.of(Op::Read).requests, totals.of(Op::WriteZeroes).bytes), (0x101, 0x305));
     assert_eq!((totals.stalls, totals.throttles, totals.throttled_ns), (0x41, 0x42, 0x43));
-    assert_eq!((totals.latency.count(), totals.latency.sum_ns), (2, 1_007_500));
+    assert_eq!((totals.latency.count(), totals.latency.sum_ns), (2, 1_031_500));
     assert_eq!(totals.latency.buckets[7], 1);
 }
 
@@ -118,7 +118,7 @@ fn statistics() {
     stats.note_takeover(TakeoverKind::Crash, Generation(2), 0x1111);
     stats.note_takeover(TakeoverKind::Planned, Generation(3), 0x2222);
     stats.note_blackout(TakeoverKind::Crash, Duration::from_micros(9));
-    stats.note_blackout(TakeoverKind::Planned, Duration::from_millis(3));
+    stats.note_blackout(TakeoverKind::Planned, Duration::from_micros(4096));
     stats.note_phase("PREPARE", Duration::from_micros(5));
     stats.note_phase("PREPARE", Duration::from_micros(7));
     let volume: VolumeName = "file:disk1".parse().unwrap();
@@ -149,8 +149,8 @@ fn statistics() {
         (64, "buckets[0..8]"),
         (1600, "buckets[8..208]"),
         (8, "planned: sum_ns"),
-        (800, "buckets[0..100]"),
-        (864, "buckets[100..208]"),
+        (640, "buckets[0..80]"),
+        (1024, "buckets[80..208]"),
         (2800, "reserved3"),
         (192, "volumes[0].name"),
     ];
@@ -162,7 +162,7 @@ fn statistics() {
     let again = Stats::open(memfd(&stored, 8192 + 4096 * 2048)).unwrap();
     let last = again.last_takeover().unwrap();
     assert_eq!((last.kind, last.generation.0), (TakeoverKind::Planned, 3));
-    assert_eq!((last.unix_ms, last.blackout), (0x2222, Duration::from_millis(3)));
+    assert_eq!((last.unix_ms, last.blackout), (0x2222, Duration::from_micros(4096)));
     assert_eq!(again.phases()[0].sum_ns, 12_000);
     assert_eq!((again.blackouts(true).count(), again.blackouts(false).count()), (1, 1));
     let retired = again.retired();

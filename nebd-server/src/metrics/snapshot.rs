@@ -18,6 +18,7 @@ pub struct Snapshot {
     pub clients: Vec<ClientCount>,
     pub resident_bytes: u64,
     pub open_fds: u64,
+    pub max_fds: u64,
     pub volumes: Vec<VolumeSnapshot>,
 }
 
@@ -80,6 +81,7 @@ catalogue! {
         "Oldest region layout that is attached; 0 if there is no session.";
     RESIDENT Gauge "nebd_resident_bytes" [] "Private resident memory of the server.";
     OPEN_FDS Gauge "nebd_open_fds" [] "Descriptors that the server has open.";
+    MAX_FDS Gauge "nebd_max_fds" [] "Descriptors that the server may have open.";
     REQUESTS Counter "nebd_volume_requests_total" ["volume", "op"] "Requests answered.";
     ERRORS Counter "nebd_volume_errors_total" ["volume", "op"]
         "Requests answered with an error.";
@@ -122,6 +124,7 @@ impl Snapshot {
         self.clients(&mut out);
         out.family(&RESIDENT).sample(&[], self.resident_bytes as f64);
         out.family(&OPEN_FDS).sample(&[], self.open_fds as f64);
+        out.family(&MAX_FDS).sample(&[], self.max_fds as f64);
         self.counters(&mut out);
         self.gauges(&mut out);
         out.finish()

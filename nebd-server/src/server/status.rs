@@ -206,6 +206,7 @@ impl Server {
             clients: clients.into_iter().map(client).collect(),
             resident_bytes: resident_bytes(),
             open_fds: open_fds(),
+            max_fds: max_fds(),
             volumes,
         }
     }
@@ -236,6 +237,11 @@ fn resident_bytes() -> u64 {
     let mut words = statm.split_whitespace().skip(1).map(|word| word.parse::<u64>().unwrap_or(0));
     let (resident, shared) = (words.next().unwrap_or(0), words.next().unwrap_or(0));
     resident.saturating_sub(shared) * rustix::param::page_size() as u64
+}
+
+fn max_fds() -> u64 {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    limit.current.unwrap_or(u64::MAX)
 }
 
 fn open_fds() -> u64 {
