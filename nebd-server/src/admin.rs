@@ -22,9 +22,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use nebd_rpc::admin::{
-    AbortVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, GetVolumeRequest,
-    LimitVolumeRequest, ResizeVolumeRequest, StartUpgradeRequest, Status, UnparkVolumeRequest,
-    Upgrade, Volume,
+    AbortVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, GetStatusRequest,
+    GetVolumeRequest, LimitVolumeRequest, ResizeVolumeRequest, StartUpgradeRequest, Status,
+    UnparkVolumeRequest, Upgrade, Volume,
 };
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
@@ -124,7 +124,7 @@ pub trait AdminApi: Send + Sync + 'static {
     fn upgrade(&self, caller: &Caller) -> Result<Upgrade, AdminError>;
 
     /// What the server is doing.
-    fn status(&self, caller: &Caller) -> Result<Status, AdminError>;
+    fn status(&self, caller: &Caller, request: GetStatusRequest) -> Result<Status, AdminError>;
 }
 
 /// A running admin service. Dropping it stops the service without waiting.

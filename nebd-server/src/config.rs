@@ -2,6 +2,7 @@
 //!
 //! Command-line flags win over the file; without a file every default works for root.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -28,6 +29,8 @@ pub struct Config {
     pub keeper: Keeper,
     /// Planned takeovers.
     pub upgrade: Upgrade,
+    /// The metrics.
+    pub metrics: Metrics,
 }
 
 /// Who may connect to the sockets; who may attach a volume is the volume's own business.
@@ -91,6 +94,15 @@ pub struct Keeper {
     pub backoff_max_ms: u64,
 }
 
+/// The metrics. They are always told at a Unix socket, the client socket's path with `.metrics`
+/// appended.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(default, deny_unknown_fields)]
+pub struct Metrics {
+    /// Address and port where they are told too, to whoever connects; none by default.
+    pub listen: Option<SocketAddr>,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Config {
@@ -103,6 +115,7 @@ impl Default for Config {
             file: File::default(),
             keeper: Keeper::default(),
             upgrade: Upgrade::default(),
+            metrics: Metrics::default(),
         }
     }
 }
@@ -210,8 +223,17 @@ impl Config {
 
     /// The admin socket.
     pub fn admin_socket(&self) -> PathBuf {
+        self.beside_socket(".admin")
+    }
+
+    /// The socket of the metrics.
+    pub fn metrics_socket(&self) -> PathBuf {
+        self.beside_socket(".metrics")
+    }
+
+    fn beside_socket(&self, suffix: &str) -> PathBuf {
         let mut path = self.socket.clone().into_os_string();
-        path.push(".admin");
+        path.push(suffix);
         path.into()
     }
 
@@ -244,6 +266,15 @@ mod tests {
     fn an_unknown_key_is_refused_by_name_and_line() {
         let message = load("shards = 1\n\n[file]\nengin = \"auto\"\n").unwrap_err().to_string();
         assert!(message.contains("engin") && message.contains("line 4"), "{message}");
+    }
+
+    #[test]
+    fn metrics_are_told_at_an_address_with_a_port() {
+        assert_eq!(load("").unwrap().metrics.listen, None);
+        let listen = load("[metrics]\nlisten = \"127.0.0.1:9150\"\n").unwrap().metrics.listen;
+        assert_eq!(listen, Some(([127, 0, 0, 1], 9150).into()));
+        let message = load("[metrics]\nlisten = \"localhost\"\n").unwrap_err().to_string();
+        assert!(message.contains("listen") && message.contains("line 2"), "{message}");
     }
 
     #[test]

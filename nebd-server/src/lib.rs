@@ -16,6 +16,7 @@ pub mod admin;
 pub mod config;
 pub mod failpoint;
 pub mod handover;
+pub mod metrics;
 pub mod registry;
 pub mod run;
 pub mod session;

@@ -101,6 +101,7 @@ pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(
     if standby && !stand_by(&mut inherited)? {
         return Ok(());
     }
+    let start = std::time::Instant::now();
     make_room_for_descriptors(inherited.store.len());
     // The owner of `seen` is confirmed dead before its generation is replaced; if somebody else
     // replaces it meanwhile, the claim fails.
@@ -137,15 +138,18 @@ pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(
         },
     )?;
     let server = assembly.server.clone();
+    let unplanned = crate::metrics::unplanned(seen, assembly.host().death_of(seen));
+    crate::metrics::start(&*server.store, generation, unplanned);
     *server.upgrades.report() = Report::load(&config.state_dir, &assembly.holdings.binary);
     let stored = server.reserve_stored();
     assembly.host().announce_probes(1 + server.shards.len());
     if let Some(notifier) = &assembly.holdings.notifier {
         notifier.ready();
+        crate::metrics::note_phase("start", start.elapsed());
     }
     crate::failpoint!("after-ready");
     server.resume_all(stored);
-    assembly.serve(None)
+    assembly.serve(config, None)
 }
 
 /// What comes before anything that could be owned.
@@ -255,7 +259,11 @@ impl Assembly {
     }
 
     /// Serves until the process ends, on probation if one is given.
-    pub(crate) fn serve(self, probation: Option<Probation>) -> Result<(), RunError> {
+    pub(crate) fn serve(
+        self,
+        config: &Config,
+        probation: Option<Probation>,
+    ) -> Result<(), RunError> {
         let Assembly { server, holdings, control, admin, life } = self;
         let admin = crate::admin::spawn(admin.into(), server.clone())
             .map_err(system("start the admin service"))?;
@@ -264,6 +272,7 @@ impl Assembly {
         if let (Some(notifier), Some(life)) = (&holdings.notifier, life) {
             watch_keeper(Reregister::new(notifier.clone(), life), holdings.clone())?;
         }
+        crate::metrics::endpoint::spawn(config, server.clone());
         crate::upgrade::spawn(&server, &holdings).map_err(system("start a thread"))?;
         if let Some(probation) = probation {
             probation.spawn(&server, &holdings).map_err(system("start a thread"))?;

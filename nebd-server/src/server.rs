@@ -9,6 +9,7 @@
 
 mod attach;
 mod operator;
+mod status;
 
 use std::collections::{BTreeSet, HashMap};
 use std::os::fd::OwnedFd;
@@ -208,6 +209,8 @@ impl Server {
         if ServerState::from_bits(state) != ServerState::Detached {
             session.publish_state(ServerState::Absent);
         }
+        session.note_blackout();
+        crate::metrics::retire(id);
         self.store.remove_all(&Session::store_name(id, ""));
         let volume = session.volume.name.clone();
         drop(session);

@@ -12,6 +12,7 @@
 //! starts them again as they were: parked ones stay parked.
 
 pub mod ledger;
+mod live;
 mod memories;
 mod translate;
 
@@ -20,6 +21,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use nebd_abi::control::{AttachFlags, VolumeInfo};
 use nebd_abi::layout::{ServerState, SessionId, TRANSFER_BYTES_MAX};
@@ -27,6 +29,7 @@ use nebd_abi::region::Region;
 
 use crate::volume::OpenVolume;
 use ledger::Ledger;
+pub use live::QueueLive;
 pub use memories::{Memories, MemoryQuota, RegisterError, RegisteredMemory, set_memory};
 pub use translate::{Rejected, Translated, translate};
 
@@ -50,8 +53,8 @@ pub struct Session {
     pub peer: Option<OwnedFd>,
     /// Where its queues are served.
     pub shards: Vec<usize>,
-    /// Counters.
-    pub counters: Counters,
+    /// What its queues are doing.
+    pub live: Vec<QueueLive>,
     /// Requests taken up from a predecessor.
     pub reissued: u32,
     memories: Mutex<Arc<Memories>>,
@@ -60,21 +63,9 @@ pub struct Session {
     pub queues_left: AtomicU32,
     draining: AtomicBool,
     connected: AtomicBool,
-}
-
-/// Counted by shards, read by `status`.
-#[derive(Debug, Default)]
-pub struct Counters {
-    /// Requests answered.
-    pub requests: AtomicU64,
-    /// Of them, with an errno.
-    pub errors: AtomicU64,
-    /// Bytes read.
-    pub bytes_read: AtomicU64,
-    /// Bytes written.
-    pub bytes_written: AtomicU64,
-    /// In flight, one counter a queue.
-    pub in_flight: Vec<AtomicU32>,
+    /// What its client said of the takeover before.
+    blackout_before_us: u64,
+    blackout_noted: AtomicBool,
 }
 
 /// What a session is made of; see [`Session`] for the fields.
@@ -107,10 +98,9 @@ impl Session {
         let queue_count = parts.region.geometry().queue_count;
         Session {
             id: parts.region.params().session,
-            counters: Counters {
-                in_flight: (0..queue_count).map(|_| AtomicU32::new(0)).collect(),
-                ..Counters::default()
-            },
+            live: (0..queue_count).map(|_| QueueLive::default()).collect(),
+            blackout_before_us: parts.region.header().blackout_last_us.load(Relaxed),
+            blackout_noted: AtomicBool::new(!parts.ledger.is_inherited()),
             queues_left: AtomicU32::new(queue_count),
             region: parts.region,
             volume: parts.volume,
@@ -205,6 +195,19 @@ impl Session {
     /// Its client has connected, or lost its connection.
     pub fn set_connected(&self, connected: bool) {
         self.connected.store(connected, Relaxed);
+    }
+
+    /// Notes the blackout of the takeover in which this server got the session, as soon as the
+    /// client tells of it. Once: what a client says more often reaches nobody.
+    pub fn note_blackout(&self) {
+        if self.blackout_noted.load(Relaxed) {
+            return;
+        }
+        let blackout_us = self.region.header().blackout_last_us.load(Relaxed);
+        if blackout_us != self.blackout_before_us && !self.blackout_noted.swap(true, Relaxed) {
+            let blackout = Duration::from_micros(blackout_us);
+            crate::metrics::note_client_blackout(&self.volume.name, blackout);
+        }
     }
 
     /// Name of one of its descriptors in the store.

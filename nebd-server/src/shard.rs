@@ -306,7 +306,7 @@ impl Shard {
 
     fn throttle(&mut self, key: usize, until: Instant) {
         if let Some(task) = self.queues[key].as_mut()
-            && !std::mem::replace(&mut task.throttled, true)
+            && task.start_throttle()
         {
             self.throttled.push((until, key));
         }
@@ -323,7 +323,7 @@ impl Shard {
         let due: Vec<usize> = self.throttled.extract_if(.., is_due).map(|(_, key)| key).collect();
         for key in due {
             if let Some(task) = self.queues.get_mut(key).and_then(Option::as_mut) {
-                task.throttled = false;
+                task.end_throttle(now);
             }
             self.activate(key);
         }
@@ -345,10 +345,11 @@ impl Shard {
     }
 
     fn publish(&mut self) {
+        let now = Instant::now();
         for done in std::mem::take(&mut self.done).drain(..) {
             let key = (done.tag >> 32) as usize;
             let Some(task) = self.queues.get_mut(key).and_then(Option::as_mut) else { continue };
-            if task.answer(done.tag as u32, done.result, &self.context) {
+            if task.answer(done.tag as u32, done.result, now, &self.context) {
                 self.in_flight -= 1;
             }
             if !task.touched {

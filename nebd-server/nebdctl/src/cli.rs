@@ -56,6 +56,12 @@ pub enum Command {
     /// A planned takeover too, by the binary that was replaced. Needs root.
     #[command(after_help = upgrade::HELP)]
     Rollback(OutputArgs),
+    /// Watch what goes on in each volume, again every second
+    ///
+    /// q or Ctrl-C ends it. Latencies are the server's, from a request's being taken from the ring
+    /// to its answer. Goes on over the server's death. Written to a pipe or file it tells the same,
+    /// one table after another.
+    Top(TopArgs),
     /// Measure a volume through the part client
     ///
     /// A write test overwrites what the volume holds. Exit code 4 if a request failed or a block
@@ -91,6 +97,27 @@ pub struct OutputArgs {
     /// Print one JSON object as the last line
     #[arg(long)]
     pub json: bool,
+}
+
+/// The live view.
+#[derive(Debug, Clone, Args)]
+pub struct TopArgs {
+    /// Seconds between looks
+    #[arg(long, value_name = "SECONDS", default_value_t = 1.0, value_parser = interval)]
+    pub interval: f64,
+    /// Look twice, tell what went on in between, and end
+    #[arg(long)]
+    pub once: bool,
+    /// How to print; without --once one object after another, each on a line
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+fn interval(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (0.1..=3600.0).contains(&seconds) => Ok(seconds),
+        _ => Err("it is a number of seconds, 0.1 to 3600".to_owned()),
+    }
 }
 
 /// What to do with volumes. Volumes are named BACKEND:NAME, such as file:disk1.
@@ -444,6 +471,7 @@ mod tests {
             "nebdctl volume import --block-size 512 --mode 0640 --owner 1:2 disk.qcow2 file:x",
             "nebdctl volume export file:x - --format qcow2 --overwrite --iodepth 4 --json",
             "nebdctl status --json",
+            "nebdctl top --once --json --interval 0.2",
             "nebdctl bench --volume null:a --op randwrite --block-size 4k --iodepth 8 --queues 2 \
              --seconds 1 --verify --poll --json",
             "nebdctl upgrade --binary x --canary file:x --probation 90s --dry-run --json --no-wait",

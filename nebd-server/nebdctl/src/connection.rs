@@ -21,6 +21,9 @@ use crate::failure::Failure;
 /// Pause between two tries; the server comes back within milliseconds.
 const RETRY: Duration = Duration::from_millis(20);
 
+/// Thousands of volumes with their counters are more than the default allows.
+const ANSWER_BYTES_MAX: usize = 256 << 20;
+
 /// The admin socket of a server, and how long to wait for it.
 #[derive(Debug)]
 pub struct Connection {
@@ -94,7 +97,8 @@ impl Connection {
             .connect_with_connector(connector)
             .await
             .map_err(|error| Broken::Call(Status::unavailable(error.to_string())))?;
-        Ok(call(AdminClient::new(channel)).await.map_err(Broken::Call)?.into_inner())
+        let client = AdminClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX);
+        Ok(call(client).await.map_err(Broken::Call)?.into_inner())
     }
 
     fn silent(&self, last: Option<String>) -> Failure {

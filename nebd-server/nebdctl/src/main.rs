@@ -9,6 +9,7 @@ mod image;
 mod manual;
 mod status;
 mod table;
+mod top;
 mod units;
 mod upgrade;
 mod view;
@@ -58,6 +59,7 @@ fn run(cli: Cli) -> Result<String, Failure> {
         Command::Status(output) => status::run(&connect()?, output),
         Command::Upgrade(args) => upgrade::run(&connect()?, &args),
         Command::Rollback(output) => upgrade::rollback(&connect()?, output),
+        Command::Top(args) => top::run(&cli.socket, &connect()?, &args),
         Command::Bench(args) => bench::run(&cli.socket, connect()?, &args),
         Command::Demo(args) => demo::run(&args),
         Command::Completions { shell } => Ok(manual::completions(shell)),

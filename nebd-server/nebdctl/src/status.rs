@@ -9,6 +9,7 @@ use crate::cli::OutputArgs;
 use crate::connection::Connection;
 use crate::failure::Failure;
 use crate::table::Table;
+use crate::top;
 use crate::units::{Count, Micros, Size};
 use crate::upgrade;
 use crate::view;
@@ -36,7 +37,7 @@ pub fn run(connection: &Connection, output: OutputArgs) -> Result<String, Failur
 
 /// The server's status.
 pub fn ask(connection: &Connection) -> Result<Status, Failure> {
-    connection.call(|mut c| async move { c.get_status(GetStatusRequest {}).await })
+    connection.call(|mut c| async move { c.get_status(GetStatusRequest::default()).await })
 }
 
 fn text(status: &Status, upgrade: Option<&Upgrade>) -> String {
@@ -51,6 +52,7 @@ fn text(status: &Status, upgrade: Option<&Upgrade>) -> String {
     if let Some(upgrade) = upgrade {
         line("upgrade", upgrade::told(upgrade));
     }
+    line("takeovers", top::takeovers_of(status));
     line("file engine", dash(&status.file_engine));
     let kept = if status.fd_store {
         "yes"

@@ -34,8 +34,31 @@ pub struct Status {
     shards: u32,
     last_death: Option<String>,
     resident_bytes: u64,
+    takeovers: u64,
+    last_takeover: Option<Takeover>,
     sessions: Vec<Session>,
     volumes: Vec<Volume>,
+}
+
+/// A takeover.
+#[derive(Clone, Debug, Serialize)]
+#[allow(missing_docs, reason = "as in the admin API")]
+pub struct Takeover {
+    pub kind: String,
+    pub generation: u32,
+    pub unix_ms: u64,
+    pub blackout_us: u64,
+}
+
+impl From<&admin::Takeover> for Takeover {
+    fn from(takeover: &admin::Takeover) -> Takeover {
+        Takeover {
+            kind: takeover.kind.clone(),
+            generation: takeover.generation,
+            unix_ms: takeover.unix_ms,
+            blackout_us: takeover.blackout_us,
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -58,6 +81,7 @@ struct Session {
     blackout_last_us: u64,
     blackout_worst_us: u64,
     reissued: u32,
+    stalled: u32,
 }
 
 #[derive(Debug, Serialize)]
@@ -118,6 +142,7 @@ impl From<&admin::Session> for Session {
             blackout_last_us: session.blackout_last_us,
             blackout_worst_us: session.blackout_worst_us,
             reissued: session.reissued,
+            stalled: session.stalled,
         }
     }
 }
@@ -134,6 +159,8 @@ impl From<&admin::Status> for Status {
             shards: status.shards,
             last_death: filled(&status.last_death),
             resident_bytes: status.resident_bytes,
+            takeovers: status.takeovers,
+            last_takeover: status.last_takeover.as_ref().map(Takeover::from),
             sessions: status.sessions.iter().map(Session::from).collect(),
             volumes: status.volumes.iter().map(Volume::from).collect(),
         }

@@ -152,6 +152,6 @@ impl Admin for Service {
         &self,
         request: Request<GetStatusRequest>,
     ) -> Result<Response<ServerStatus>, Status> {
-        self.call(request, |api, caller, _| api.status(caller)).await
+        self.call(request, |api, caller, request| api.status(caller, request)).await
     }
 }

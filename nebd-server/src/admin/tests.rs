@@ -91,7 +91,7 @@ impl AdminApi for Fake {
         self.find(&request.name)
     }
 
-    fn status(&self, _: &Caller) -> Result<Status, AdminError> {
+    fn status(&self, _: &Caller, _: GetStatusRequest) -> Result<Status, AdminError> {
         Ok(Status { pid: std::process::id(), ..Status::default() })
     }
 }
@@ -141,7 +141,7 @@ fn calls_reach_the_api_with_the_callers_credentials() {
         assert!(again.message().contains("file:disk1"));
         let list = client.list_volumes(ListVolumesRequest {}).await.unwrap().into_inner();
         assert_eq!(list.volumes.len(), 1);
-        let status = client.get_status(GetStatusRequest {}).await.unwrap().into_inner();
+        let status = client.get_status(GetStatusRequest::default()).await.unwrap().into_inner();
         assert_eq!(status.pid, std::process::id());
         let name = "file:disk1".to_owned();
         let delete = DeleteVolumeRequest { name, ..DeleteVolumeRequest::default() };
@@ -181,7 +181,7 @@ fn a_panicking_call_does_not_end_the_service() {
     bench.runtime.block_on(async {
         let status = client.resize_volume(ResizeVolumeRequest::default()).await.unwrap_err();
         assert_eq!(status.code(), Code::Internal);
-        client.get_status(GetStatusRequest {}).await.unwrap();
+        client.get_status(GetStatusRequest::default()).await.unwrap();
     });
     bench.handle.stop();
 }
@@ -195,10 +195,10 @@ fn stop_ends_it_though_a_client_is_connected_and_a_successor_takes_the_listener(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let endpoint = Endpoint::try_from(format!("unix:{}", socket.display())).unwrap();
     let mut client = AdminClient::new(runtime.block_on(endpoint.connect()).unwrap());
-    runtime.block_on(client.get_status(GetStatusRequest {})).unwrap();
+    runtime.block_on(client.get_status(GetStatusRequest::default())).unwrap();
     first.stop();
     let second = spawn(listener, Arc::new(Fake::default())).unwrap();
     let mut fresh = AdminClient::new(runtime.block_on(endpoint.connect()).unwrap());
-    runtime.block_on(fresh.get_status(GetStatusRequest {})).unwrap();
+    runtime.block_on(fresh.get_status(GetStatusRequest::default())).unwrap();
     second.stop();
 }

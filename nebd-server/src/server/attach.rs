@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicUsize, Ordering::AcqRel};
+use std::time::{Duration, Instant};
 
 use nebd_abi::control::AttachFlags;
 use nebd_abi::layout::{ServerState, SessionId};
@@ -155,6 +156,7 @@ impl Server {
         if let Some(entry) = self.entries().get_mut(&id) {
             entry.session = Some(session.clone());
         }
+        crate::metrics::track(id, &session.volume.name, &session.ledger);
         self.notices.send(Notice::Live(session.clone()));
         self.start(prepared);
         Ok(session)
@@ -363,7 +365,7 @@ impl Server {
                  crashes of the server",
                 session.id, first.request.slot, first.request.op, first.request.offset
             );
-            tracing::error!(volume = %volume.name, reason, "volume parked");
+            crate::metrics::alarm::volume_parked(&volume.name, &reason);
             volume.set_parked(Some(reason));
             self.quarantine().park(&volume.name, verdicts.parked);
             self.park_sessions(&volume.name, true);
@@ -444,14 +446,24 @@ impl Server {
             exclusive: flags.contains(AttachFlags::EXCLUSIVE),
             session: None,
         };
-        self.entries().insert(request.region.params().session, entry);
+        let id = request.region.params().session;
+        if let Some(ledger) = &request.ledger {
+            crate::metrics::track(id, &entry.volume, ledger);
+        }
+        self.entries().insert(id, entry);
     }
 
     /// Starts the sessions that have their places, each on a thread of its own.
     pub fn resume_all(self: &Arc<Self>, requests: Vec<AttachRequest>) {
+        let (start, left) = (Instant::now(), Arc::new(AtomicUsize::new(requests.len())));
         for request in requests {
-            let server = self.clone();
-            self.jobs.spawn(move || server.resume(request));
+            let (server, left) = (self.clone(), left.clone());
+            self.jobs.spawn(move || {
+                server.resume(request);
+                if left.fetch_sub(1, AcqRel) == 1 {
+                    crate::metrics::note_phase("resume", start.elapsed());
+                }
+            });
         }
     }
 
@@ -470,6 +482,7 @@ impl Server {
         while let Err(error) = attached {
             if !error.is_transient() {
                 tracing::error!(session = %id, %error, "session cannot be resumed");
+                crate::metrics::retire(id);
                 self.store.remove_all(&Session::store_name(id, ""));
                 self.entries().remove(&id);
                 return;

@@ -1,10 +1,8 @@
 //! What the operator asks for over the admin socket.
 
-use std::sync::atomic::Ordering::{Acquire, Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 
 use nebd_abi::VolumeName;
-use nebd_abi::host::DeathCause;
-use nebd_abi::layout::ServerState;
 use nebd_backend::{BackendError, VolumeSpec};
 use nebd_rpc::admin;
 
@@ -13,7 +11,6 @@ use crate::admin::{AdminApi, AdminError, Caller};
 use crate::control::Notice;
 use crate::quarantine::DEATHS_SUSPECT;
 use crate::registry::{Record, RegistryError};
-use crate::session::Session;
 use crate::shard::Command;
 use crate::throttle::{BURST_MS_MAX, Limits};
 
@@ -84,6 +81,7 @@ impl Server {
             iops_limit: record.limits.iops,
             bytes_per_s_limit: record.limits.bytes_per_s,
             burst_ms: record.limits.burst_ms,
+            ..admin::Volume::default()
         }
     }
 
@@ -238,56 +236,8 @@ impl Server {
             self.quarantine().admit(suspects);
             self.issue_suspect();
         }
-        tracing::warn!(volume = %name, abort, "volume unparked by the operator");
+        crate::metrics::alarm::volume_unparked(&name, abort);
         Ok(self.describe(&name, &record))
-    }
-
-    fn describe_session(&self, session: &Session) -> admin::Session {
-        let header = session.region.header();
-        let params = session.region.params();
-        let counters = &session.counters;
-        let attachment = session.ledger.attachment();
-        let state = if session.is_draining() {
-            "draining"
-        } else if session.volume.parked().is_some() {
-            "parked"
-        } else {
-            match ServerState::from_bits(header.server_state.load(Acquire)) {
-                ServerState::Serving => "serving",
-                ServerState::Parked => "parked",
-                ServerState::Detached => "detached",
-                ServerState::Absent => "opening",
-            }
-        };
-        admin::Session {
-            id: session.id.to_string(),
-            volume: session.volume.name.to_string(),
-            client_pid: attachment.client_pid,
-            client_uid: attachment.client_uid,
-            client_version: params.client_version.clone(),
-            layout_version: params.version as u32,
-            state: state.to_owned(),
-            epoch: session.volume.epoch.to_string(),
-            connected: session.is_connected(),
-            queues: session
-                .shards
-                .iter()
-                .zip(&counters.in_flight)
-                .map(|(shard, in_flight)| admin::Queue {
-                    depth: params.geometry.queue_depth,
-                    in_flight: in_flight.load(Relaxed),
-                    shard: *shard as u32,
-                })
-                .collect(),
-            requests: counters.requests.load(Relaxed),
-            errors: counters.errors.load(Relaxed),
-            bytes_read: counters.bytes_read.load(Relaxed),
-            bytes_written: counters.bytes_written.load(Relaxed),
-            takeovers: header.takeovers.load(Relaxed),
-            blackout_last_us: header.blackout_last_us.load(Relaxed),
-            blackout_worst_us: header.blackout_worst_us.load(Relaxed),
-            reissued: session.reissued,
-        }
     }
 }
 
@@ -420,7 +370,9 @@ impl AdminApi for Server {
                 Err(error) => return Err(error.into()),
             }
             crate::failpoint!("delete-before-record");
-            self.registry.remove(&name).map_err(registry_error(&name, "write"))
+            self.registry.remove(&name).map_err(registry_error(&name, "write"))?;
+            crate::metrics::forget(&name);
+            Ok(())
         });
         deleted.ok_or_else(|| AdminError::Attached {
             volume: name.clone(),
@@ -485,43 +437,11 @@ impl AdminApi for Server {
         Ok(self.describe(&name, &record))
     }
 
-    fn status(&self, caller: &Caller) -> Result<admin::Status, AdminError> {
-        let mut sessions = self.sessions();
-        sessions.sort_by(|a, b| (&a.volume.name, a.id).cmp(&(&b.volume.name, b.id)));
-        let visible = |session: &Session| {
-            let record = self.registry.record(&session.volume.name);
-            record.is_some_and(|record| record.permits(caller.uid, caller.gid, false))
-        };
-        Ok(admin::Status {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            pid: std::process::id(),
-            generation: self.generation.0,
-            uptime_ms: self.started.elapsed().as_millis() as u64,
-            file_engine: self.file_engine.clone(),
-            fd_store: self.has_store(),
-            sessions: sessions
-                .iter()
-                .filter(|session| visible(session))
-                .map(|session| self.describe_session(session))
-                .collect(),
-            volumes: self.list_volumes(caller)?,
-            shards: self.shards.len() as u32,
-            last_death: match self.last_death {
-                DeathCause::Unknown => String::new(),
-                DeathCause::Exit => "exit".to_owned(),
-                DeathCause::Killed => "killed".to_owned(),
-                DeathCause::Crash => "crash".to_owned(),
-                DeathCause::Watchdog => "watchdog".to_owned(),
-            },
-            resident_bytes: resident_bytes(),
-        })
+    fn status(
+        &self,
+        caller: &Caller,
+        request: admin::GetStatusRequest,
+    ) -> Result<admin::Status, AdminError> {
+        self.describe_server(caller, &request)
     }
-}
-
-/// Private resident memory of this process.
-fn resident_bytes() -> u64 {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    let mut words = statm.split_whitespace().skip(1).map(|word| word.parse::<u64>().unwrap_or(0));
-    let (resident, shared) = (words.next().unwrap_or(0), words.next().unwrap_or(0));
-    resident.saturating_sub(shared) * rustix::param::page_size() as u64
 }

@@ -11,15 +11,20 @@
 //!   re-issue          dispatched = new generation, deaths stay
 //!   done              dispatched = 0
 //! ```
+//!
+//! And it holds the session's counters, so that they go on where a dead server's stopped.
 
 use std::mem::{offset_of, size_of};
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use nebd_abi::Generation;
 use nebd_abi::layout::LayoutError;
 use nebd_abi::region::{RegionError, SharedMemory};
+
+use crate::metrics::Counters;
 
 /// `NEBDLDG1`, little-endian.
 pub const LEDGER_MAGIC: u64 = u64::from_le_bytes(*b"NEBDLDG1");
@@ -40,7 +45,9 @@ struct LedgerHeader {
     reserved0: AtomicU32,
     /// See [`nebd_abi::control::VolumeInfo::incarnation`].
     incarnation: AtomicU64,
-    reserved1: [AtomicU64; 506],
+    reserved1: [AtomicU64; 2],
+    counters: Counters,
+    reserved2: [AtomicU64; 273],
 }
 
 /// One slot's record.
@@ -55,6 +62,7 @@ struct LedgerSlot {
 const _: () = {
     assert!(size_of::<LedgerHeader>() == 4096);
     assert!(offset_of!(LedgerHeader, incarnation) == 40);
+    assert!(offset_of!(LedgerHeader, counters) == 64);
     assert!(size_of::<LedgerSlot>() == 16);
 };
 
@@ -75,18 +83,20 @@ pub struct Attachment {
     pub incarnation: u64,
 }
 
-/// A session's ledger, mapped.
-#[derive(Debug)]
+/// A session's ledger, mapped. A clone shares the mapping.
+#[derive(Clone, Debug)]
 pub struct Ledger {
-    memory: SharedMemory,
+    memory: Arc<SharedMemory>,
     slots_total: u32,
+    is_inherited: bool,
 }
 
 impl Ledger {
     /// A new ledger.
     pub fn create(slots_total: u32, attachment: &Attachment) -> Result<Ledger, RegionError> {
         let size = (4096 + u64::from(slots_total) * 16).next_multiple_of(4096);
-        let ledger = Ledger { memory: SharedMemory::create("nebd-ledger", size)?, slots_total };
+        let memory = Arc::new(SharedMemory::create("nebd-ledger", size)?);
+        let ledger = Ledger { memory, slots_total, is_inherited: false };
         let header = ledger.header();
         header.version.store(1, Relaxed);
         header.slots_total.store(slots_total, Relaxed);
@@ -102,8 +112,8 @@ impl Ledger {
 
     /// Maps a predecessor's ledger.
     pub fn open(fd: OwnedFd) -> Result<Ledger, RegionError> {
-        let memory = SharedMemory::map(fd, 1 << 30)?;
-        let mut ledger = Ledger { memory, slots_total: 0 };
+        let memory = Arc::new(SharedMemory::map(fd, 1 << 30)?);
+        let mut ledger = Ledger { memory, slots_total: 0, is_inherited: true };
         let header = ledger.header();
         if header.magic.load(Acquire) != LEDGER_MAGIC {
             return Err(LayoutError::Magic.into());
@@ -140,6 +150,16 @@ impl Ledger {
     /// Slots it has records for.
     pub fn slots_total(&self) -> u32 {
         self.slots_total
+    }
+
+    /// Whether a predecessor made it.
+    pub fn is_inherited(&self) -> bool {
+        self.is_inherited
+    }
+
+    /// What is counted of the session.
+    pub fn counters(&self) -> &Counters {
+        &self.header().counters
     }
 
     /// Who attached, and how.

@@ -10,8 +10,9 @@ use nebd_abi::{Errno, Fence, Op};
 use nebd_backend::{Lane, Request};
 
 use super::ringer::Ringer;
-use super::{QueueSetup, ShardContext, ShardEvent};
+use super::{HEARTBEAT, QueueSetup, ShardContext, ShardEvent};
 use crate::hooks;
+use crate::metrics::{Tally, alarm};
 use crate::session::{Memories, Rejected, Session, Translated, translate};
 
 /// How a turn of a queue went.
@@ -51,8 +52,8 @@ pub(super) struct QueueTask {
     pub(super) ring: ServerQueue,
     pub(super) active: bool,
     pub(super) touched: bool,
-    /// Waits for its volume's limits.
-    pub(super) throttled: bool,
+    /// Waits for its volume's limits since then.
+    throttled: Option<Instant>,
     pub(super) in_flight_count: usize,
     /// While frozen: when it last answered, and whether its end was told.
     pub(super) last_answer_ns: u64,
@@ -67,6 +68,11 @@ pub(super) struct QueueTask {
     parked: bool,
     draining: bool,
     idle_turns: u32,
+    /// When requests of this turn were taken up: one look at the clock for all of them.
+    turn: Instant,
+    tally: Tally,
+    /// At the last beat some request had waited conspicuously; how many of them were stalls.
+    conspicuous: Option<u32>,
     memories: Arc<Memories>,
     memories_version: u64,
     /// First of the session's slots that belongs to this queue, in the ledger.
@@ -90,10 +96,13 @@ impl QueueTask {
             ring: setup.ring,
             active: false,
             touched: false,
-            throttled: false,
+            throttled: None,
             in_flight_count: 0,
             last_answer_ns: 0,
             told_drained: false,
+            turn: Instant::now(),
+            tally: Tally::default(),
+            conspicuous: None,
             answered_inline: false,
             draining: false,
             idle_turns: 0,
@@ -110,6 +119,7 @@ impl QueueTask {
     }
 
     fn release_held(&mut self, lane: &mut Lane, context: &ShardContext) {
+        self.turn = Instant::now();
         for request in std::mem::take(&mut self.held) {
             crate::failpoint!("reissue");
             self.dispatch(lane, context, &request, false);
@@ -141,6 +151,9 @@ impl QueueTask {
             }
             let Some(request) = self.ring.pop()? else { break };
             crate::failpoint!("after-pop");
+            if taken == 0 {
+                self.turn = Instant::now();
+            }
             self.dispatch(lane, context, &request, false);
             taken += 1;
             bytes = request.length.saturating_add(bytes);
@@ -185,7 +198,7 @@ impl QueueTask {
                     Rejected::Errno(errno) => Err(errno),
                 };
                 self.publish(request.slot, request.seq, result);
-                self.count(request.op.ok(), request.length, result);
+                self.tally.answered(request.op.ok(), request.length, result);
                 self.answered_inline = true;
                 return;
             }
@@ -218,7 +231,7 @@ impl QueueTask {
             fence,
             op: translated.op,
             length: request.length,
-            since: Instant::now(),
+            since: self.turn,
             alarmed: false,
             suspect,
             _memories: translated.uses_memories.then(|| self.memories.clone()),
@@ -253,6 +266,7 @@ impl QueueTask {
             context.events.send(ShardEvent::SuspectAnswered(self.session.id));
         } else {
             let slot = request.slot as usize;
+            self.turn = Instant::now();
             self.dispatch(lane, context, &request, true);
             let is_out = |out: &InFlight| out.suspect && out.seq == request.seq;
             if !self.in_flight[slot].as_ref().is_some_and(is_out) {
@@ -267,7 +281,7 @@ impl QueueTask {
         self.held.retain(|held| held.slot != request.slot);
         self.publish(request.slot, request.seq, Err(Errno::IO));
         self.session.ledger.done(self.ledger_base + request.slot);
-        self.count(None, 0, Err(Errno::IO));
+        self.tally.answered(None, 0, Err(Errno::IO));
         self.call_if_needed();
     }
 
@@ -276,6 +290,7 @@ impl QueueTask {
         &mut self,
         slot: u32,
         result: Result<(), Errno>,
+        now: Instant,
         context: &ShardContext,
     ) -> bool {
         let Some(done) = self.in_flight.get_mut(slot as usize).and_then(Option::take) else {
@@ -288,7 +303,13 @@ impl QueueTask {
         self.publish(slot, done.seq, result);
         hooks::duplicate_completion(&mut self.ring, slot, done.seq);
         self.session.ledger.done(self.ledger_base + slot);
-        self.count(Some(done.op), done.length, result);
+        self.tally.answered(Some(done.op), done.length, result);
+        let took_ns = now.saturating_duration_since(done.since).as_nanos() as u64;
+        self.tally.took(self.session.ledger.counters(), took_ns);
+        if self.in_flight_count == 0 && self.conspicuous.is_some() {
+            // The next beat may be long in coming.
+            self.tell_waits(0, None);
+        }
         if done.suspect {
             context.events.send(ShardEvent::SuspectAnswered(self.session.id));
         }
@@ -299,23 +320,14 @@ impl QueueTask {
         self.ring.publish(slot, seq, result);
     }
 
-    fn count(&self, op: Option<Op>, length: u64, result: Result<(), Errno>) {
-        let counters = &self.session.counters;
-        counters.requests.fetch_add(1, Relaxed);
-        match (op, result) {
-            (_, Err(_)) => _ = counters.errors.fetch_add(1, Relaxed),
-            (Some(Op::Read), _) => _ = counters.bytes_read.fetch_add(length, Relaxed),
-            (Some(Op::Write), _) => _ = counters.bytes_written.fetch_add(length, Relaxed),
-            _ => {}
-        }
-    }
-
     fn counter_in_flight(&self) {
-        let counter = &self.session.counters.in_flight[self.index as usize];
-        counter.store(self.in_flight_count as u32, Relaxed);
+        let live = &self.session.live[self.index as usize];
+        live.in_flight.store(self.in_flight_count as u32, Relaxed);
     }
 
-    pub(super) fn call_if_needed(&self) {
+    /// Calls the client if it sleeps; what it was answered is counted by then.
+    pub(super) fn call_if_needed(&mut self) {
+        self.tally.settle(self.session.ledger.counters());
         if self.ring.call_needed() {
             self.call();
         }
@@ -342,23 +354,62 @@ impl QueueTask {
         self.draining && self.in_flight_count == 0
     }
 
+    /// Its volume's limits are used up; false if it waits for them already.
+    pub(super) fn start_throttle(&mut self) -> bool {
+        if self.throttled.is_some() {
+            return false;
+        }
+        self.throttled = Some(Instant::now());
+        self.session.ledger.counters().throttles.fetch_add(1, Relaxed);
+        true
+    }
+
+    /// It need not wait any longer.
+    pub(super) fn end_throttle(&mut self, now: Instant) {
+        if let Some(since) = self.throttled.take() {
+            let waited_ns = now.saturating_duration_since(since).as_nanos() as u64;
+            self.session.ledger.counters().throttled_ns.fetch_add(waited_ns, Relaxed);
+        }
+    }
+
     pub(super) fn beat(&mut self, now: Instant, stall_alarm: Duration) {
-        if self.in_flight_count == 0 && !self.throttled {
+        if self.in_flight_count == 0 && self.throttled.is_none() {
             return;
         }
         self.session.region.header().heartbeat.fetch_add(1, Relaxed);
+        self.session.note_blackout();
+        let (mut stalled, mut new) = (0, 0);
+        let mut oldest: Option<(Duration, usize, Op)> = None;
         for (slot, request) in self.in_flight.iter_mut().enumerate() {
             let Some(request) = request else { continue };
             let waited = now.saturating_duration_since(request.since);
-            if waited >= stall_alarm && !request.alarmed {
-                request.alarmed = true;
-                tracing::warn!(
-                    volume = %self.session.volume.name, session = %self.session.id, slot,
-                    op = ?request.op, waited_ms = waited.as_millis() as u64,
-                    "storage has not answered a request; it goes on waiting"
-                );
+            if waited >= stall_alarm {
+                stalled += 1;
+                new += u32::from(!std::mem::replace(&mut request.alarmed, true));
+            }
+            if oldest.is_none_or(|(longest, ..)| waited > longest) {
+                oldest = Some((waited, slot, request.op));
             }
         }
+        let oldest = oldest.filter(|(waited, ..)| *waited >= HEARTBEAT.min(stall_alarm));
+        if let Some((waited, slot, op)) = oldest.filter(|_| new > 0) {
+            self.session.ledger.counters().stalls.fetch_add(new.into(), Relaxed);
+            let (volume, session) = (&self.session.volume.name, self.session.id);
+            let stall = alarm::Stall { volume, session, requests: new, slot, op, waited };
+            alarm::request_stalled(&stall, now);
+        }
+        if oldest.is_some() || self.conspicuous.is_some() {
+            self.tell_waits(stalled, oldest.map(|(waited, ..)| waited));
+        }
+    }
+
+    fn tell_waits(&mut self, stalled: u32, oldest: Option<Duration>) {
+        let live = &self.session.live[self.index as usize];
+        live.note(stalled, oldest.map(|waited| waited.as_nanos() as u64));
+        if self.conspicuous.is_some_and(|before| before > 0) && stalled == 0 {
+            alarm::stall_over(&self.session.volume.name, self.session.id);
+        }
+        self.conspicuous = oldest.map(|_| stalled);
     }
 
     fn refresh_memories(&mut self) {

@@ -91,6 +91,7 @@ pub fn run(config: &Config) -> Result<(), CandidateError> {
 }
 
 struct Candidate<'a> {
+    config: &'a Config,
     socket: &'a OwnedFd,
     hello: Hello,
     owner: OwnedFd,
@@ -104,7 +105,7 @@ struct Candidate<'a> {
 }
 
 impl<'a> Candidate<'a> {
-    fn take_over(config: &Config, socket: &'a OwnedFd) -> Result<(), CandidateError> {
+    fn take_over(config: &'a Config, socket: &'a OwnedFd) -> Result<(), CandidateError> {
         prelude(config).map_err(Box::new)?;
         crate::failpoint!("candidate-start");
         let Message::Hello(hello) = receive(socket)? else { return Err(CandidateError::Order) };
@@ -130,7 +131,7 @@ impl<'a> Candidate<'a> {
         let (sessions, volumes) = (HashMap::new(), BTreeSet::new());
         let connections = Vec::new();
         let candidate =
-            Candidate { socket, hello, owner, assembly, sessions, volumes, connections };
+            Candidate { config, socket, hello, owner, assembly, sessions, volumes, connections };
         candidate.follow()
     }
 
@@ -258,6 +259,8 @@ impl<'a> Candidate<'a> {
         crate::failpoint!("candidate-fenced");
         let state_dir = self.assembly.holdings.state_dir.clone();
         let server = self.assembly.server.clone();
+        let planned = Some(crate::metrics::TakeoverKind::Planned);
+        crate::metrics::start(&*server.store, generation, planned);
         server.upgrades.report().adopt(&frozen.report, &state_dir, &self.hello.binary);
         self.assembly.control.adopt(std::mem::take(&mut self.connections));
         self.await_release()?;
@@ -270,6 +273,10 @@ impl<'a> Candidate<'a> {
         let _ = Message::Resumed.send(self.socket, Instant::now() + ANSWER_TIME_MAX);
         {
             let mut report = server.upgrades.report();
+            for ((_, volume, _), blackout) in served.iter().zip(&blackouts) {
+                let blackout = Duration::from_micros(blackout.blackout_us);
+                crate::metrics::note_blackout(volume, blackout);
+            }
             let worst = blackouts.iter().map(|blackout| blackout.blackout_us).max().unwrap_or(0);
             let detail = format!("{} sessions, worst blackout {worst} us", blackouts.len());
             report.set_blackouts(blackouts);
@@ -283,7 +290,7 @@ impl<'a> Candidate<'a> {
         watch_owner(self.owner);
         let probation = Duration::from_millis(frozen.probation_ms);
         let run = Probation::new(probation);
-        self.assembly.serve(Some(run)).map_err(|error| Box::new(error).into())
+        self.assembly.serve(self.config, Some(run)).map_err(|error| Box::new(error).into())
     }
 
     /// Until the owner has given up its locks; one that does not is frozen, and killed.

@@ -174,7 +174,9 @@ impl Owner<'_> {
     fn announce(&self, pid: u32) -> std::io::Result<()> {
         let Some(notifier) = &self.holdings.notifier else { return Ok(()) };
         notifier.candidate(pid);
-        self.server.store.barrier()
+        // Not the store's barrier, which would ask the next keeper if this one dies: that one has
+        // not heard of the candidate.
+        notifier.barrier(self.holdings.step)
     }
 
     fn greet(&self, clients: &[Client]) -> Result<Welcome, Failure> {

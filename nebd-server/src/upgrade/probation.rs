@@ -8,16 +8,20 @@
 //! A server that dies in its probation is followed by the old binary anyway: the keeper is told of
 //! the new one only at the end.
 
+use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
 use std::time::{Duration, Instant};
 
+use nebd_abi::layout::SessionId;
 use nebd_rpc::admin::{Blackout, UpgradeKind, UpgradeState};
 
 use super::Order;
 use crate::holdings::Holdings;
+use crate::metrics::Totals;
 use crate::server::Server;
+use crate::session::Session;
 
 /// Between looks.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -28,6 +32,9 @@ const RESUME_TIME_MAX: Duration = Duration::from_secs(30);
 /// So many new errors, and so many in a thousand requests, are a reason to go back.
 const ERRORS_MAX: u64 = 10;
 const ERRORS_PER_MILLE_MAX: u64 = 10;
+
+/// Errors and requests of each session when the probation began.
+type Begun = HashMap<SessionId, (u64, u64)>;
 
 /// A probation that is about to begin.
 pub(crate) struct Probation {
@@ -51,12 +58,15 @@ impl Probation {
     fn watch(self, server: &Arc<Server>, holdings: &Holdings) {
         let start = Instant::now();
         let begin_ns = crate::shard::monotonic_ns();
+        let sessions = server.sessions();
+        let begun: Begun = sessions.iter().map(|session| (session.id, tally(session))).collect();
+        drop(sessions);
         if !self.length.is_zero() {
             std::thread::sleep(BLACKOUT_TIME.min(self.length));
             take_blackouts(server);
         }
         while start.elapsed() < self.length {
-            if let Some(reason) = complaint(server, start.elapsed()) {
+            if let Some(reason) = complaint(server, &begun, start.elapsed()) {
                 return go_back(server, &reason);
             }
             let left = self.length.saturating_sub(start.elapsed());
@@ -97,7 +107,7 @@ fn take_blackouts(server: &Server) {
     report.set_blackouts(blackouts);
 }
 
-fn complaint(server: &Server, elapsed: Duration) -> Option<String> {
+fn complaint(server: &Server, begun: &Begun, elapsed: Duration) -> Option<String> {
     if elapsed > RESUME_TIME_MAX {
         let waiting = server.waiting_sessions();
         if let Some(volume) = waiting.first() {
@@ -108,13 +118,21 @@ fn complaint(server: &Server, elapsed: Duration) -> Option<String> {
         }
     }
     server.sessions().iter().find_map(|session| {
-        let (errors, requests) =
-            (session.counters.errors.load(Relaxed), session.counters.requests.load(Relaxed));
+        let now = tally(session);
+        let before = begun.get(&session.id).copied().unwrap_or_default();
+        let (errors, requests) = (now.0.saturating_sub(before.0), now.1.saturating_sub(before.1));
         let is_bad = errors > ERRORS_MAX && errors * 1000 > requests * ERRORS_PER_MILLE_MAX;
         is_bad.then(|| {
             format!("volume {}: {errors} errors in {requests} requests", session.volume.name)
         })
     })
+}
+
+/// Errors and requests of a session, over all its servers.
+fn tally(session: &Session) -> (u64, u64) {
+    let mut totals = Totals::default();
+    totals.add(session.ledger.counters());
+    (totals.errors(), totals.requests())
 }
 
 fn go_back(server: &Server, reason: &str) {

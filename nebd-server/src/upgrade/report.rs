@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nebd_rpc::admin::{
     self, Blackout, ClientSupport, Upgrade, UpgradeKind, UpgradeState, UpgradeStep,
@@ -133,6 +134,7 @@ impl Report {
             duration_us = step.duration_us,
             detail = step.detail
         );
+        crate::metrics::note_phase(name, Duration::from_micros(step.duration_us));
         self.message.steps.push(step);
     }
 

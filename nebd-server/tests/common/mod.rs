@@ -26,9 +26,17 @@ pub struct Server {
 
 impl Server {
     pub fn start(command: &str) -> Server {
+        Server::start_with(command, "")
+    }
+
+    /// With a configuration file of this text.
+    pub fn start_with(command: &str, config: &str) -> Server {
         let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("nebd.toml"), config).unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_nebd-server"))
             .arg(command)
+            .arg("--config")
+            .arg(dir.path().join("nebd.toml"))
             .arg("--socket")
             .arg(dir.path().join("nebd.sock"))
             .arg("--state-dir")
@@ -86,8 +94,15 @@ impl Server {
         self.admin(async |mut client| client.create_volume(request).await).unwrap();
     }
 
+    /// Kills the server of a keeper, and waits for its successor.
+    pub fn replace_server(&self) {
+        let old = self.server_pid();
+        self.kill_server();
+        until(|| (self.server_pid() != old).then_some(()));
+    }
+
     pub fn status(&self) -> Status {
-        self.admin(async |mut client| client.get_status(GetStatusRequest {}).await)
+        self.admin(async |mut client| client.get_status(GetStatusRequest::default()).await)
             .unwrap()
             .into_inner()
     }

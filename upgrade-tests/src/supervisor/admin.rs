@@ -118,7 +118,7 @@ impl Admin {
 
     /// What the server says of itself.
     pub fn status(&self) -> Result<admin::Status, AdminError> {
-        self.call(|mut client| async move { client.get_status(GetStatusRequest {}).await })
+        self.call(|mut client| async move { client.get_status(GetStatusRequest::default()).await })
     }
 
     fn call<A, F>(&self, call: impl Fn(AdminClient<Channel>) -> F) -> Result<A, AdminError>
