@@ -29,6 +29,8 @@ pub struct Config {
     pub keeper: Keeper,
     /// The metrics.
     pub metrics: Metrics,
+    /// Planned takeovers.
+    pub upgrade: Upgrade,
 }
 
 /// Who may connect to the sockets; who may attach a volume is the volume's own business.
@@ -67,6 +69,15 @@ pub struct File {
     pub threads: usize,
 }
 
+/// Planned takeovers.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+#[serde(default, deny_unknown_fields)]
+pub struct Upgrade {
+    /// How long requests at their storage are waited for while everything stands still; what takes
+    /// longer holds back its own volume alone.
+    pub freeze_ms: u64,
+}
+
 /// The keeper.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
 #[serde(default, deny_unknown_fields)]
@@ -102,6 +113,7 @@ impl Default for Config {
             file: File::default(),
             keeper: Keeper::default(),
             metrics: Metrics::default(),
+            upgrade: Upgrade::default(),
         }
     }
 }
@@ -121,6 +133,12 @@ impl Default for Ring {
 impl Default for File {
     fn default() -> Self {
         File { dir: None, engine: "auto".into(), threads: 8 }
+    }
+}
+
+impl Default for Upgrade {
+    fn default() -> Self {
+        Upgrade { freeze_ms: 5 }
     }
 }
 

@@ -110,6 +110,8 @@ impl Control {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
+            let server = self.server.clone();
+            let _pass = server.gate.enter("a client's message");
             for event in &events {
                 match event.data.u64() {
                     LISTENER => self.accept(),
@@ -264,6 +266,7 @@ impl Control {
                 ShardEvent::Drained(session) => {
                     let server = self.server.clone();
                     self.server.jobs.spawn(move || {
+                        let _pass = server.gate.enter("the end of a session");
                         if server.queue_drained(session) {
                             server.notices.send(Notice::Ended(session));
                         }

@@ -1,6 +1,6 @@
 //! The descriptor store, as backends and sessions see it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -38,6 +38,8 @@ fn unless_orphaned(result: io::Result<()>) -> io::Result<()> {
 pub struct ServerStore {
     held: Mutex<BTreeMap<String, OwnedFd>>,
     notifier: Option<Arc<Notifier>>,
+    /// Names that changed since somebody began to ask.
+    journal: Mutex<Option<BTreeSet<String>>>,
 }
 
 impl ServerStore {
@@ -46,7 +48,36 @@ impl ServerStore {
         inherited: BTreeMap<String, OwnedFd>,
         notifier: Option<Arc<Notifier>>,
     ) -> ServerStore {
-        ServerStore { held: Mutex::new(inherited), notifier }
+        ServerStore { held: Mutex::new(inherited), notifier, journal: Mutex::new(None) }
+    }
+
+    fn note(&self, name: &str) {
+        let mut journal = self.journal.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(journal) = &mut *journal {
+            journal.insert(name.to_owned());
+        }
+    }
+
+    /// The names that changed since the last call, which was the first if there is no answer. From
+    /// now on changes are noted.
+    pub fn changes(&self) -> Option<BTreeSet<String>> {
+        let mut journal = self.journal.lock().unwrap_or_else(PoisonError::into_inner);
+        journal.replace(BTreeSet::new())
+    }
+
+    /// Changes are noted no longer.
+    pub fn forget_changes(&self) {
+        *self.journal.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Holds what a predecessor hands over; the keeper has it already.
+    pub fn adopt(&self, name: String, fd: OwnedFd) {
+        self.held().insert(name, fd);
+    }
+
+    /// Lets go of what a predecessor has removed.
+    pub fn disown(&self, name: &str) {
+        self.held().remove(name);
     }
 
     fn held(&self) -> MutexGuard<'_, BTreeMap<String, OwnedFd>> {
@@ -78,6 +109,7 @@ impl FdStore for ServerStore {
         // first, sent second: whatever a dying keeper missed is sent again to the next one.
         let mut held = self.held();
         held.insert(name.to_owned(), duplicate);
+        self.note(name);
         match &self.notifier {
             Some(notifier) => unless_orphaned(notifier.store(name, fd)),
             None => Ok(()),
@@ -86,6 +118,7 @@ impl FdStore for ServerStore {
 
     fn remove(&self, name: &str) -> io::Result<()> {
         let mut held = self.held();
+        self.note(name);
         match (held.remove(name), &self.notifier) {
             (Some(_), Some(notifier)) => unless_orphaned(notifier.remove(name)),
             _ => Ok(()),

@@ -55,3 +55,39 @@ pub fn duplicate_completion(_ring: &mut ServerQueue, _slot: u32, _seq: u64) {
         }
     }
 }
+
+/// Whether a predecessor that does not let go is left alive (`NEBD_TEST_SPARE_PREDECESSOR=1`): the
+/// fence alone must hold then.
+pub fn predecessor_is_spared() -> bool {
+    #[cfg(feature = "test-hooks")]
+    return switched_on("NEBD_TEST_SPARE_PREDECESSOR");
+    #[cfg(not(feature = "test-hooks"))]
+    false
+}
+
+/// A candidate that answers with something else than a welcome (`NEBD_TEST_CANDIDATE`: `version`,
+/// `garbage` or `tag`).
+pub fn strange_welcome(_socket: &std::os::fd::OwnedFd) {
+    #[cfg(feature = "test-hooks")]
+    {
+        use crate::handover::wire::{self, Fields, REQUIRED};
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(1);
+        let welcome = REQUIRED | 2;
+        let version = |version: u32| Fields::new().with(REQUIRED | 2, version.to_le_bytes());
+        let sent = match std::env::var("NEBD_TEST_CANDIDATE").as_deref() {
+            Ok("version") => wire::send(_socket, welcome, version(77).bytes(), &[], deadline),
+            Ok("garbage") => wire::send(_socket, welcome, &[0x5a; 100], &[], deadline),
+            Ok("tag") => {
+                let fields = version(1).with(REQUIRED | 0x7ff0, b"of a later version");
+                wire::send(_socket, welcome, fields.bytes(), &[], deadline)
+            }
+            _ => return,
+        };
+        if let Err(error) = sent {
+            eprintln!("the strange welcome was not sent: {error}");
+        }
+        loop {
+            std::thread::park();
+        }
+    }
+}

@@ -15,16 +15,20 @@
 pub mod admin;
 pub mod config;
 pub mod failpoint;
+pub mod handover;
 pub mod metrics;
 pub mod registry;
 pub mod run;
 pub mod session;
 pub mod throttle;
+pub mod upgrade;
 pub mod volume;
 
 mod control;
 mod fatal;
 mod fd_store;
+mod gate;
+mod holdings;
 mod hooks;
 mod jobs;
 mod memory_holder;

@@ -29,6 +29,9 @@ enum Command {
         /// Stand by until the keeper says that the server is gone.
         #[arg(long)]
         standby: bool,
+        /// Take over from the server at the other end of standard input, which starts this one.
+        #[arg(long, hide = true, conflicts_with = "standby")]
+        candidate: bool,
     },
 }
 
@@ -97,9 +100,12 @@ fn act(
             log_to_stderr(&config)?;
             Ok(nebd_keeper::keeper::run(keeper_config(&options, &config)?)?)
         }
-        Command::Run { options, standby } => {
+        Command::Run { options, standby, candidate } => {
             let config = options.load()?;
             log_to_stderr(&config)?;
+            if candidate {
+                return Ok(nebd_server::upgrade::run_candidate(&config)?);
+            }
             Ok(nebd_server::run::run(&config, standby, inherited?)?)
         }
     }

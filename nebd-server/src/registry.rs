@@ -182,6 +182,13 @@ impl Registry {
         Ok(Registry { dir, state: Mutex::new(State { volumes, operations }) })
     }
 
+    /// Reads again what another process may have changed.
+    pub fn reload(&self, state_dir: &Path) -> Result<(), RegistryError> {
+        let Registry { state, .. } = Registry::load(state_dir)?;
+        *self.state() = state.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Ok(())
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,10 +21,11 @@ use nebd_abi::Generation;
 use nebd_abi::host::HostPage;
 use nebd_abi::region::RegionError;
 use nebd_backend::{
-    Backend, FileBackend, FileConfig, FileEngineChoice, LaneConfig, MemBackend, NullBackend,
+    Backend, FdStore, FileBackend, FileConfig, FileEngineChoice, LaneConfig, MemBackend,
+    NullBackend,
 };
 use nebd_keeper::inherit::{InheritError, Inherited};
-use nebd_keeper::notify::{Holdings, Notifier, Reregister};
+use nebd_keeper::notify::{Notifier, Reregister};
 use nebd_keeper::standby::{StandbyChannel, StandbyMessage};
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::Signal;
@@ -32,10 +33,12 @@ use rustix::process::Signal;
 use crate::config::{Config, ConfigError};
 use crate::control::{Control, ControlInputs, NoticeSink, doorbell};
 use crate::fd_store::ServerStore;
+use crate::holdings::Holdings;
 use crate::registry::{Registry, RegistryError, host_major};
 use crate::server::{Server, ServerParts};
 use crate::session::MemoryQuota;
 use crate::shard::{EventSink, ShardContext};
+use crate::upgrade::{Probation, Report};
 
 /// The descriptor table's first size; 8 bytes each.
 const DESCRIPTORS_MIN: usize = 4096;
@@ -87,19 +90,9 @@ fn system<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> RunErro
 
 /// Serves until the process ends; returns early only if another process owns the host's volumes.
 pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(), RunError> {
-    raise_descriptor_limit();
-    die_of_panics();
-    crate::fatal::die_at_once();
-    if let Err(error) = crate::memory_holder::start() {
-        tracing::warn!(%error, "no holder of the memory: a crash will take longer");
-    }
-    let mode = config.socket_mode()?;
-    create_private(&config.state_dir).map_err(system("create the state directory"))?;
-    #[cfg(feature = "test-hooks")]
-    crate::failpoint::active::load(&config.state_dir);
+    prelude(config)?;
     let alone = inherited.host.is_none();
-    let _lock = if alone { Some(lock(&config.state_dir)?) } else { None };
-
+    let lock = if alone { Some(lock(&config.state_dir)?.into()) } else { None };
     let host = match inherited.host.take() {
         Some(fd) => HostPage::open(fd),
         None => HostPage::create(),
@@ -124,58 +117,164 @@ pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(
     crate::failpoint!("after-claim");
     tracing::info!(%generation, pid = std::process::id(), standby, "taking over");
 
+    let mode = config.socket_mode()?;
     // The client socket comes last: whoever finds it finds the other.
     let admin =
         listener(inherited.admin.take(), || sockets::stream(&config.admin_socket(), mode, config))?;
     let client =
         listener(inherited.client.take(), || sockets::packet(&config.socket, mode, config))?;
+    let assembly = assemble(
+        config,
+        Ingredients {
+            host,
+            generation,
+            seen,
+            client,
+            admin,
+            probe: inherited.probe.take(),
+            life: inherited.life.take(),
+            lock,
+            store: std::mem::take(&mut inherited.store),
+        },
+    )?;
+    let server = assembly.server.clone();
+    let death = assembly.host().death_of(seen);
+    crate::metrics::start(&*server.store, generation, crate::metrics::unplanned(seen, death));
+    *server.upgrades.report() = Report::load(&config.state_dir, &assembly.holdings.binary);
+    let stored = server.reserve_stored();
+    assembly.host().announce_probes(1 + server.shards.len());
+    if let Some(notifier) = &assembly.holdings.notifier {
+        notifier.ready();
+    }
+    crate::metrics::note_phase("start", start.elapsed());
+    crate::failpoint!("after-ready");
+    server.resume_all(stored);
+    assembly.serve(None)
+}
+
+/// What comes before anything that could be owned.
+pub(crate) fn prelude(config: &Config) -> Result<(), RunError> {
+    raise_descriptor_limit();
+    die_of_panics();
+    crate::fatal::die_at_once();
+    if let Err(error) = crate::memory_holder::start() {
+        tracing::warn!(%error, "no holder of the memory: a crash will take longer");
+    }
+    config.socket_mode()?;
+    create_private(&config.state_dir).map_err(system("create the state directory"))?;
+    #[cfg(feature = "test-hooks")]
+    crate::failpoint::active::load(&config.state_dir);
+    Ok(())
+}
+
+/// What a server is set up with.
+pub(crate) struct Ingredients {
+    pub(crate) host: Arc<HostPage>,
+    /// Owned, or about to be.
+    pub(crate) generation: Generation,
+    pub(crate) seen: Generation,
+    pub(crate) client: OwnedFd,
+    pub(crate) admin: OwnedFd,
+    pub(crate) probe: Option<OwnedFd>,
+    pub(crate) life: Option<OwnedFd>,
+    pub(crate) lock: Option<OwnedFd>,
+    pub(crate) store: BTreeMap<String, OwnedFd>,
+}
+
+/// A server that serves nothing yet.
+pub(crate) struct Assembly {
+    pub(crate) server: Arc<Server>,
+    pub(crate) holdings: Arc<Holdings>,
+    config: Config,
+    control: Control,
+    admin: OwnedFd,
+    life: Option<OwnedFd>,
+}
+
+/// Sets up a server: threads that sleep, nothing that is owned.
+pub(crate) fn assemble(config: &Config, given: Ingredients) -> Result<Assembly, RunError> {
+    make_room_for_descriptors(given.store.len());
     let notifier = Notifier::from_env().map(Arc::new);
-    let store = Arc::new(ServerStore::new(std::mem::take(&mut inherited.store), notifier.clone()));
-    let kind = crate::metrics::unplanned(seen, host.death_of(seen));
-    crate::metrics::start(&*store, generation, kind);
-    let holdings = Held {
-        fds: [
-            (nebd_keeper::names::CLIENT, client.try_clone()),
-            (nebd_keeper::names::ADMIN, admin.try_clone()),
-            (nebd_keeper::names::HOST, host.fd().try_clone_to_owned()),
-        ]
-        .into_iter()
-        .chain(inherited.probe.as_ref().map(|fd| (nebd_keeper::names::PROBE, fd.try_clone())))
-        .map(|(name, fd)| Ok((name, fd?)))
-        .collect::<io::Result<_>>()
-        .map_err(system("duplicate descriptors"))?,
+    let store = Arc::new(ServerStore::new(given.store, notifier.clone()));
+    let host = given.host;
+    let passed = [
+        (nebd_keeper::names::CLIENT, given.client.try_clone()),
+        (nebd_keeper::names::ADMIN, given.admin.try_clone()),
+        (nebd_keeper::names::HOST, host.fd().try_clone_to_owned()),
+    ];
+    let life = given.life.as_ref().map(|fd| (nebd_keeper::names::LIFE, fd.try_clone()));
+    let probe = given.probe.as_ref().map(|fd| (nebd_keeper::names::PROBE, fd.try_clone()));
+    let lock = given.lock.map(|fd| (crate::holdings::LOCK, Ok(fd)));
+    let fds = passed.into_iter().chain(life).chain(probe).chain(lock);
+    let fds = fds.map(|(name, fd)| Ok((name, fd?))).collect::<io::Result<_>>();
+    let holdings = Arc::new(Holdings {
+        fds: fds.map_err(system("duplicate descriptors"))?,
         store: store.clone(),
-    };
+        host: host.clone(),
+        generation: given.generation,
+        notifier,
+        binary: std::env::current_exe().map_err(system("find this executable"))?,
+        state_dir: config.state_dir.clone(),
+        freeze: Duration::from_millis(config.upgrade.freeze_ms),
+    });
 
     let doorbell = doorbell().map_err(system("make a doorbell"))?;
     let (notices, notice_receiver) = NoticeSink::new(doorbell.clone());
     let (events, shard_events) = EventSink::new(doorbell.clone());
-    let server = Arc::new(build(config, &host, generation, seen, store, notices, events)?);
-    let stored = server.reserve_stored();
-    host.announce_probes(1 + server.shards.len());
+    let server =
+        Arc::new(build(config, &host, given.generation, given.seen, store, notices, events)?);
     let inputs = ControlInputs {
-        listener: client,
+        listener: given.client,
         doorbell,
         notices: notice_receiver,
         shard_events,
-        probe: inherited.probe.take(),
+        probe: given.probe,
     };
     let control =
         Control::new(server.clone(), inputs).map_err(system("set up the control loop"))?;
-    let _admin = crate::admin::spawn(admin.into(), server.clone())
-        .map_err(system("start the admin service"))?;
-    if let Some(notifier) = notifier {
-        notifier.ready();
-        crate::metrics::note_phase("start", start.elapsed());
-        // A service manager has no life pipe: it does not die before its services.
-        if let Some(life) = inherited.life.take() {
-            watch_keeper(Reregister::new(notifier, life), holdings)?;
+    let (config, admin, life) = (config.clone(), given.admin, given.life);
+    Ok(Assembly { server, holdings, config, control, admin, life })
+}
+
+impl Assembly {
+    pub(crate) fn host(&self) -> &HostPage {
+        &self.holdings.host
+    }
+
+    /// Tells the keeper or service manager that this process is the server now.
+    pub(crate) fn announce(&self) {
+        if let Some(notifier) = &self.holdings.notifier {
+            notifier.main_pid(std::process::id());
         }
     }
-    crate::failpoint!("after-ready");
-    server.resume_all(stored);
-    crate::metrics::endpoint::spawn(config, server.clone());
-    control.run().map_err(system("wait for events"))
+
+    /// Returns once they know it, and have been told all that belongs to it.
+    pub(crate) fn settle(&self) {
+        self.host().announce_probes(1 + self.server.shards.len());
+        if let Some(notifier) = &self.holdings.notifier {
+            notifier.ready();
+        }
+        if let Err(error) = self.server.store.barrier() {
+            tracing::warn!(%error, "the service manager has not confirmed the new server");
+        }
+    }
+
+    /// Serves until the process ends, on probation if one is given.
+    pub(crate) fn serve(self, probation: Option<Probation>) -> Result<(), RunError> {
+        let Assembly { server, holdings, config, control, admin, life } = self;
+        let _admin = crate::admin::spawn(admin.into(), server.clone())
+            .map_err(system("start the admin service"))?;
+        // A service manager has no life pipe: it does not die before its services.
+        if let (Some(notifier), Some(life)) = (&holdings.notifier, life) {
+            watch_keeper(Reregister::new(notifier.clone(), life), holdings.clone())?;
+        }
+        crate::upgrade::spawn(&server, &holdings).map_err(system("start a thread"))?;
+        if let Some(probation) = probation {
+            probation.spawn(&server, &holdings).map_err(system("start a thread"))?;
+        }
+        crate::metrics::endpoint::spawn(&config, server);
+        control.run().map_err(system("wait for events"))
+    }
 }
 
 fn build(
@@ -270,7 +369,7 @@ fn stand_by(inherited: &mut Inherited) -> Result<bool, RunError> {
 }
 
 /// Kills the predecessor if it still runs, and waits until all of its threads are gone.
-fn confirm_death(predecessor: &OwnedFd) -> io::Result<()> {
+pub(crate) fn confirm_death(predecessor: &OwnedFd) -> io::Result<()> {
     match rustix::process::pidfd_send_signal(predecessor, Signal::KILL) {
         Ok(()) | Err(rustix::io::Errno::SRCH) => {}
         Err(error) => return Err(error.into()),
@@ -337,22 +436,7 @@ fn make_room_for_descriptors(stored: usize) {
     let _ = rustix::io::fcntl_dupfd_cloexec(std::io::stderr(), last);
 }
 
-/// What is registered with the next keeper if this one dies.
-struct Held {
-    fds: BTreeMap<&'static str, OwnedFd>,
-    store: Arc<ServerStore>,
-}
-
-impl Holdings for Held {
-    fn each(&self, send: &mut dyn FnMut(&str, BorrowedFd<'_>) -> io::Result<()>) -> io::Result<()> {
-        for (name, fd) in &self.fds {
-            send(name, fd.as_fd())?;
-        }
-        self.store.each(send)
-    }
-}
-
-fn watch_keeper(watch: Reregister, held: Held) -> Result<(), RunError> {
+fn watch_keeper(watch: Reregister, held: Arc<Holdings>) -> Result<(), RunError> {
     let work = move || {
         // Nobody stops this thread; the process ends with it inside.
         let Ok((stop, _held_open)) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
@@ -360,7 +444,7 @@ fn watch_keeper(watch: Reregister, held: Held) -> Result<(), RunError> {
             tracing::error!("no pipe: the next keeper will not be found");
             return;
         };
-        if let Err(error) = watch.run(stop.as_fd(), &held) {
+        if let Err(error) = watch.run(stop.as_fd(), &*held) {
             tracing::error!(%error, "the next keeper will not be found");
         }
     };

@@ -19,14 +19,16 @@ use std::time::Instant;
 use nebd_abi::host::{DeathCause, HostPage};
 use nebd_abi::layout::{ServerState, SessionId};
 use nebd_abi::{Generation, VolumeName};
-use nebd_backend::{Backend, FdStore};
+use nebd_backend::{Backend, FdStore, PreparedVolume};
 
 use crate::fd_store::ServerStore;
+use crate::gate::Gate;
 use crate::jobs::Jobs;
 use crate::quarantine::Quarantine;
 use crate::registry::Registry;
 use crate::session::{MemoryQuota, Session};
 use crate::shard::{Command, ShardHandle};
+use crate::upgrade::Upgrades;
 use crate::volume::VolumeTable;
 pub use attach::{AttachRequest, Origin, is_eventfd, set_nonblocking};
 
@@ -64,6 +66,12 @@ pub struct Server {
     next_shard: AtomicUsize,
     quarantine: Mutex<Quarantine>,
     resize: Mutex<()>,
+    /// Passed by whatever changes more than data.
+    pub gate: Gate,
+    /// Planned takeovers.
+    pub upgrades: Upgrades,
+    /// Volumes that a candidate has prepared and not opened yet.
+    prepared: Mutex<HashMap<VolumeName, Box<dyn PreparedVolume>>>,
 }
 
 /// The parts of a [`Server`] that are given to it; see there.
@@ -111,11 +119,19 @@ impl Server {
             next_shard: AtomicUsize::new(0),
             quarantine: Mutex::default(),
             resize: Mutex::default(),
+            gate: Gate::default(),
+            upgrades: Upgrades::default(),
+            prepared: Mutex::default(),
         }
     }
 
     fn entries(&self) -> MutexGuard<'_, HashMap<SessionId, Entry>> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Volumes that were prepared and not opened yet.
+    pub(crate) fn prepared(&self) -> MutexGuard<'_, HashMap<VolumeName, Box<dyn PreparedVolume>>> {
+        self.prepared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn quarantine(&self) -> MutexGuard<'_, Quarantine> {
@@ -137,6 +153,13 @@ impl Server {
         let entries = self.entries();
         let of_volume = entries.values().filter(|entry| entry.volume == *volume);
         of_volume.filter_map(|entry| entry.session.clone()).collect()
+    }
+
+    /// Volumes of sessions that are not served yet.
+    pub(crate) fn waiting_sessions(&self) -> Vec<VolumeName> {
+        let entries = self.entries();
+        let waiting = entries.values().filter(|entry| entry.session.is_none());
+        waiting.map(|entry| entry.volume.clone()).collect()
     }
 
     /// How many sessions have a volume attached, or are attaching it.

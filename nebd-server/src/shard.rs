@@ -11,6 +11,7 @@
 //! What dies at any point of a pass is found again by the successor: a popped request is still in
 //! its slot, a finished one without a published completion is issued again.
 
+mod freeze;
 mod queue;
 mod ringer;
 mod spin;
@@ -31,6 +32,9 @@ use nebd_backend::{Done, Lane, LaneConfig, Mailbox};
 use rustix::event::{Timespec, epoll};
 
 use crate::session::Session;
+use freeze::Frozen;
+pub(crate) use freeze::monotonic_ns;
+pub use freeze::{Freeze, FreezeEvent};
 use queue::{QueueTask, Served};
 use ringer::Ringer;
 use spin::Spin;
@@ -86,6 +90,10 @@ pub enum Command {
     LimitsChanged,
     /// Show a sign of life.
     Probe,
+    /// Give the queues up to a successor.
+    Freeze(Freeze),
+    /// There is no successor: serve on.
+    Thaw,
 }
 
 /// What a shard tells the control thread.
@@ -192,6 +200,8 @@ struct Shard {
     touched: Vec<usize>,
     events: Vec<epoll::Event>,
     heartbeat_at: Instant,
+    /// Set while a successor takes over.
+    frozen: Option<Frozen>,
 }
 
 impl Shard {
@@ -218,6 +228,7 @@ impl Shard {
             touched: Vec::with_capacity(256),
             events: Vec::with_capacity(256),
             heartbeat_at: Instant::now(),
+            frozen: None,
         })
     }
 
@@ -233,7 +244,7 @@ impl Shard {
             }
             if busy {
                 spin.worked();
-            } else if !spin.again() {
+            } else if self.frozen.is_some() || !spin.again() {
                 self.sleep();
             }
         }
@@ -245,6 +256,11 @@ impl Shard {
         while let Ok(command) = self.commands.try_recv() {
             self.obey(command);
             busy = true;
+        }
+        if self.frozen.is_some() {
+            self.lane.flush();
+            let reaped = self.reap();
+            return self.seal_if_due() | reaped | busy;
         }
         self.resume_throttled(false);
         let mut at = 0;
@@ -319,6 +335,16 @@ impl Shard {
         if self.done.is_empty() {
             return false;
         }
+        if let Some(frozen) = self.frozen.as_mut().filter(|frozen| frozen.is_sealed) {
+            frozen.kept.append(&mut self.done);
+            self.tell_drained();
+            return true;
+        }
+        self.publish();
+        true
+    }
+
+    fn publish(&mut self) {
         let now = Instant::now();
         for done in std::mem::take(&mut self.done).drain(..) {
             let key = (done.tag >> 32) as usize;
@@ -329,6 +355,9 @@ impl Shard {
             if !task.touched {
                 task.touched = true;
                 self.touched.push(key);
+                if self.frozen.is_some() {
+                    task.last_answer_ns = monotonic_ns();
+                }
             }
         }
         crate::failpoint!("after-publish");
@@ -339,7 +368,54 @@ impl Shard {
                 self.finish_if_drained(key);
             }
         }
+    }
+
+    fn seal_if_due(&mut self) -> bool {
+        let Some(frozen) = self.frozen.as_mut().filter(|frozen| !frozen.is_sealed) else {
+            return false;
+        };
+        if self.in_flight > 0 && Instant::now() < frozen.freeze.deadline {
+            return false;
+        }
+        frozen.is_sealed = true;
+        let tasks = self.queues.iter().flatten();
+        let left = tasks.clone().filter(|task| task.in_flight_count > 0);
+        frozen.tell(FreezeEvent::Sealed {
+            left: left.map(|task| task.session.id).collect(),
+            last_ns: tasks.map(|task| (task.session.id, task.last_answer_ns)).collect(),
+        });
         true
+    }
+
+    /// Says which queues have had their last answer with those kept just now.
+    fn tell_drained(&mut self) {
+        let Some(frozen) = &mut self.frozen else { return };
+        let mut kept = HashMap::<usize, usize>::new();
+        for done in &frozen.kept {
+            *kept.entry((done.tag >> 32) as usize).or_default() += 1;
+        }
+        for (key, count) in kept {
+            let Some(task) = self.queues.get_mut(key).and_then(Option::as_mut) else { continue };
+            if count == task.in_flight_count && !std::mem::replace(&mut task.told_drained, true) {
+                frozen.tell(FreezeEvent::Drained(task.session.id));
+            }
+        }
+    }
+
+    fn thaw(&mut self) {
+        let Some(frozen) = self.frozen.take() else { return };
+        self.done = frozen.kept;
+        for key in 0..self.queues.len() {
+            if let Some(task) = self.queues[key].as_mut() {
+                task.told_drained = false;
+                task.active = false;
+            }
+        }
+        self.active.clear();
+        self.publish();
+        for key in 0..self.queues.len() {
+            self.activate(key);
+        }
     }
 
     fn obey(&mut self, command: Command) {
@@ -362,6 +438,14 @@ impl Shard {
             }),
             Command::Drain(session) => self.with_session(session, |task, _| task.drain()),
             Command::LimitsChanged => self.resume_throttled(true),
+            Command::Freeze(freeze) => {
+                let now = monotonic_ns();
+                for task in self.queues.iter_mut().flatten() {
+                    task.last_answer_ns = now;
+                }
+                self.frozen = Some(Frozen::new(freeze));
+            }
+            Command::Thaw => self.thaw(),
             Command::Probe => self.context.host.pong(1 + self.index),
         }
     }
@@ -417,6 +501,10 @@ impl Shard {
     }
 
     fn activate(&mut self, key: usize) {
+        if self.frozen.is_some() {
+            // Its ring may be a successor's by now; if not, `thaw` looks at every queue.
+            return;
+        }
         if let Some(task) = self.queues.get_mut(key).and_then(Option::as_mut)
             && !task.active
         {
@@ -439,6 +527,15 @@ impl Shard {
     }
 
     fn sleep(&mut self) {
+        if let Some(frozen) = &self.frozen {
+            let patience = (!frozen.is_sealed)
+                .then(|| frozen.freeze.deadline.saturating_duration_since(Instant::now()));
+            if self.lane.sleep() && self.commands.is_empty() {
+                self.poll(patience);
+            }
+            self.lane.wake();
+            return;
+        }
         let asleep = self
             .active
             .iter()
@@ -494,7 +591,7 @@ impl Shard {
     /// Shows clients with requests in flight that somebody lives, and looks for stalls.
     fn beat(&mut self) {
         let waits = self.in_flight > 0 || !self.throttled.is_empty();
-        if !waits || self.heartbeat_at.elapsed() < HEARTBEAT {
+        if self.frozen.is_some() || !waits || self.heartbeat_at.elapsed() < HEARTBEAT {
             return;
         }
         self.heartbeat_at = Instant::now();

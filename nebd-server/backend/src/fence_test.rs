@@ -21,7 +21,8 @@ use nebd_abi::{Epoch, Errno, VolumeName};
 use nebd_rpc::frame::{self, FrameError, Header, Kind};
 
 use crate::{
-    Backend, BackendError, Capabilities, Lane, OpenContext, Opened, Request, Volume, VolumeSpec,
+    Backend, BackendError, Capabilities, Lane, OpenContext, Opened, PrepareContext, PreparedVolume,
+    Request, Volume, VolumeSpec,
 };
 use link::Link;
 
@@ -123,6 +124,28 @@ impl Backend for FenceTestBackend {
             incarnation: 0,
         })
     }
+
+    fn prepare(
+        &self,
+        spec: &VolumeSpec,
+        _context: &PrepareContext,
+    ) -> Result<Box<dyn PreparedVolume>, BackendError> {
+        self.observe(spec)?;
+        Ok(Box::new(Prepared(self.clone())))
+    }
+}
+
+/// The store answered for it.
+struct Prepared(FenceTestBackend);
+
+impl PreparedVolume for Prepared {
+    fn open(
+        self: Box<Self>,
+        spec: &VolumeSpec,
+        context: &OpenContext,
+    ) -> Result<Opened, BackendError> {
+        self.0.open(spec, context)
+    }
 }
 
 struct FenceTestVolume {
@@ -161,4 +184,7 @@ impl Volume for FenceTestVolume {
     fn close(&self) {
         self.link.close();
     }
+
+    /// The store knows the successor's epoch, and refuses ours: that it does so is what is tested.
+    fn relinquish(&self) {}
 }

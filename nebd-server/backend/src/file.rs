@@ -8,7 +8,7 @@
 //!
 //! | invariant | where |
 //! | --- | --- |
-//! | one owner: `flock` on a description of its own, pinned by requests in flight | `open_file` |
+//! | one owner: `flock` on a description of its own, pinned by requests in flight | `own`, `open_file` |
 //! | an `fdatasync` for each FLUSH and each FUA (a write, then the sync) | `task`, `engine` |
 //! | a failed flush whose report died is reported | `syncs`, `witness` |
 //! | the guest never sees `EINVAL`, `EINTR`, `EAGAIN` or a short transfer | `task` |
@@ -22,6 +22,7 @@ mod engine;
 pub mod hooks;
 mod image;
 mod open_file;
+mod own;
 mod pool;
 mod syncs;
 mod system;
@@ -29,6 +30,7 @@ mod task;
 mod witness;
 
 use std::fmt;
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
@@ -38,10 +40,11 @@ use nebd_abi::VolumeName;
 
 use crate::lane::{UringRefusal, uring_refusal};
 use crate::{
-    Backend, BackendError, Capabilities, FdStore, Lane, OpenContext, Opened, Request, Volume,
-    VolumeSpec,
+    Backend, BackendError, Capabilities, FdStore, Lane, OpenContext, Opened, PrepareContext,
+    PreparedVolume, Request, Volume, VolumeSpec,
 };
 use open_file::{OpenFile, OpenOptionsOfBackend, system_error};
+use own::Examined;
 use system::Kind;
 pub(crate) use task::Task;
 
@@ -102,11 +105,12 @@ impl FileConfig {
 }
 
 /// Volumes in files and on block devices.
+#[derive(Clone)]
 pub struct FileBackend {
     config: FileConfig,
     engine: FileEngine,
     /// Seen at an open: a delete needs it to forget what a crash left there.
-    store: Mutex<Option<Arc<dyn FdStore>>>,
+    store: Arc<Mutex<Option<Arc<dyn FdStore>>>>,
 }
 
 impl FileBackend {
@@ -118,7 +122,7 @@ impl FileBackend {
             (FileEngineChoice::Auto, Some(refusal)) => FileEngine::Threads(refusal),
             (FileEngineChoice::IoUring, Some(refusal)) => return Err(refusal),
         };
-        Ok(FileBackend { config, engine, store: Mutex::new(None) })
+        Ok(FileBackend { config, engine, store: Arc::default() })
     }
 
     /// The engine in use.
@@ -140,6 +144,47 @@ impl FileBackend {
             .and_then(|file| system::size(&file, system::kind(&file)?))
             .map_err(failed)
     }
+
+    fn open_with(
+        &self,
+        spec: &VolumeSpec,
+        context: &OpenContext,
+        prepared: Option<Examined>,
+    ) -> Result<Opened, BackendError> {
+        *self.store.lock().unwrap_or_else(PoisonError::into_inner) = Some(context.store.clone());
+        let options = OpenOptionsOfBackend {
+            direct: self.config.direct,
+            uring: self.engine == FileEngine::IoUring,
+            pool_threads: self.config.pool_threads,
+        };
+        let path = self.path(spec);
+        let file = OpenFile::open(&spec.name, path, spec.block_size, options, context, prepared)?;
+        let size = usable_size(spec, file.file(), file.kind())?;
+        Ok(Opened {
+            volume: Arc::new(FileVolume {
+                name: spec.name.clone(),
+                block_size: spec.block_size,
+                size: AtomicU64::new(size),
+                was_cut: AtomicBool::new(false),
+                file,
+            }),
+            major: context.previous_major.unwrap_or(context.host_major),
+            volume_id: 0,
+            incarnation: 0,
+        })
+    }
+}
+
+/// The volume's size, if its file can have it.
+fn usable_size(spec: &VolumeSpec, file: &File, kind: Kind) -> Result<u64, BackendError> {
+    let present = system::size(file, kind).map_err(system_error(&spec.name, "examine its file"))?;
+    let size = if spec.size == 0 { present } else { spec.size };
+    if size > present && kind == Kind::BlockDevice {
+        let detail = format!("the volume has {size} bytes, its device only {present}");
+        return Err(BackendError::Size { volume: spec.name.clone(), detail });
+    }
+    check_size(&spec.name, size, spec.block_size)?;
+    Ok(size)
 }
 
 impl Backend for FileBackend {
@@ -195,33 +240,43 @@ impl Backend for FileBackend {
     }
 
     fn open(&self, spec: &VolumeSpec, context: &OpenContext) -> Result<Opened, BackendError> {
-        *self.store.lock().unwrap_or_else(PoisonError::into_inner) = Some(context.store.clone());
-        let options = OpenOptionsOfBackend {
-            direct: self.config.direct,
-            uring: self.engine == FileEngine::IoUring,
-            pool_threads: self.config.pool_threads,
-        };
-        let file = OpenFile::open(&spec.name, self.path(spec), spec.block_size, options, context)?;
-        let present = system::size(file.file(), file.kind())
-            .map_err(system_error(&spec.name, "examine its file"))?;
-        let size = if spec.size == 0 { present } else { spec.size };
-        if size > present && file.kind() == Kind::BlockDevice {
-            let detail = format!("the volume has {size} bytes, its device only {present}");
-            return Err(BackendError::Size { volume: spec.name.clone(), detail });
-        }
-        check_size(&spec.name, size, spec.block_size)?;
-        Ok(Opened {
-            volume: Arc::new(FileVolume {
-                name: spec.name.clone(),
-                block_size: spec.block_size,
-                size: AtomicU64::new(size),
-                was_cut: AtomicBool::new(false),
-                file,
-            }),
-            major: context.previous_major.unwrap_or(context.host_major),
-            volume_id: 0,
-            incarnation: 0,
-        })
+        self.open_with(spec, context, None)
+    }
+
+    /// Opens the file and reads a block of it. The lock is taken later, on this very description.
+    fn prepare(
+        &self,
+        spec: &VolumeSpec,
+        context: &PrepareContext,
+    ) -> Result<Box<dyn PreparedVolume>, BackendError> {
+        let path = self.path(spec);
+        let mut examined =
+            Examined::observe(&spec.name, &path, spec.block_size, self.config.direct)?;
+        usable_size(spec, &examined.file, examined.kind)?;
+        examined.witnesses = witness::known(&*context.store, spec.name.name(), examined.identity);
+        let block_size = spec.block_size;
+        Ok(Box::new(Prepared { backend: self.clone(), path, block_size, examined }))
+    }
+}
+
+/// A file that another process owns.
+struct Prepared {
+    backend: FileBackend,
+    path: PathBuf,
+    block_size: u32,
+    examined: Examined,
+}
+
+impl PreparedVolume for Prepared {
+    fn open(
+        self: Box<Self>,
+        spec: &VolumeSpec,
+        context: &OpenContext,
+    ) -> Result<Opened, BackendError> {
+        let Prepared { backend, path, block_size, examined } = *self;
+        // Otherwise it is another volume of this name.
+        let same = path == backend.path(spec) && block_size == spec.block_size;
+        backend.open_with(spec, context, same.then_some(examined))
     }
 }
 
@@ -280,5 +335,9 @@ impl Volume for FileVolume {
 
     fn close(&self) {
         self.file.close();
+    }
+
+    fn relinquish(&self) {
+        self.file.relinquish();
     }
 }

@@ -63,6 +63,12 @@ pub struct OpenContext {
     pub store: Arc<dyn FdStore>,
 }
 
+/// How a volume is prepared.
+pub struct PrepareContext {
+    /// What the owner keeps beyond its life, as far as it is known yet. It is read only.
+    pub store: Arc<dyn FdStore>,
+}
+
 /// A volume that was opened as its owner.
 pub struct Opened {
     /// The volume.
@@ -166,6 +172,29 @@ pub trait Backend: Send + Sync {
     /// Becomes the owner. Returns only once no earlier owner can change the volume unseen: storage
     /// that fences knows the epoch, a file is locked.
     fn open(&self, spec: &VolumeSpec, context: &OpenContext) -> Result<Opened, BackendError>;
+
+    /// All of [`open`](Self::open) that needs no ownership, while another process owns the volume:
+    /// it is reachable, a block of it can be read, its memory is there. Changes nothing that the
+    /// owner or a client could see. Like `open` it may block, and hang if the storage does.
+    fn prepare(
+        &self,
+        spec: &VolumeSpec,
+        context: &PrepareContext,
+    ) -> Result<Box<dyn PreparedVolume>, BackendError>;
+}
+
+/// A volume that another process owns, ready to be taken over. Dropped, it leaves no trace.
+pub trait PreparedVolume: Send {
+    /// Becomes the owner, as [`Backend::open`] would, with its promises and its errors. It looks
+    /// again at what [`Backend::prepare`] saw; what has changed since is opened anew. Where nothing
+    /// waits it takes tens of microseconds.
+    ///
+    /// `spec` is the present one: the volume may have been resized since.
+    fn open(
+        self: Box<Self>,
+        spec: &VolumeSpec,
+        context: &OpenContext,
+    ) -> Result<Opened, BackendError>;
 }
 
 /// An open volume.
@@ -185,4 +214,10 @@ pub trait Volume: Send + Sync {
     /// The last session is gone and nothing is in flight: give up locks and store entries. A volume
     /// that is dropped without this (a takeover) leaves its store entries to the successor.
     fn close(&self);
+
+    /// This process gives the volume up to a successor, for good: nothing is in flight, and nothing
+    /// will be submitted. Gives up the lock, and leaves store entries to the successor; from here on
+    /// `close` does nothing. What is submitted all the same fails where the storage could not tell
+    /// it from the successor's. Quick.
+    fn relinquish(&self);
 }

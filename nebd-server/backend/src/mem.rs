@@ -27,8 +27,8 @@ use nebd_abi::{Errno, Op, VolumeName};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 
 use crate::{
-    Backend, BackendError, Capabilities, FdStore, Lane, OpenContext, Opened, Request, Volume,
-    VolumeSpec,
+    Backend, BackendError, Capabilities, FdStore, Lane, OpenContext, Opened, PrepareContext,
+    PreparedVolume, Request, Volume, VolumeSpec,
 };
 use map::Map;
 
@@ -36,17 +36,73 @@ const MAGIC: u64 = u64::from_le_bytes(*b"nebd-mem");
 const HEADER_BYTES: u64 = 4096;
 
 /// Volumes in memory.
+#[derive(Clone)]
 pub struct MemBackend {
     store: Arc<dyn FdStore>,
     /// Those that were open once, until they are deleted: a mapping whose pages are mapped is worth
     /// keeping.
-    mapped: Mutex<HashMap<VolumeName, Arc<MemVolume>>>,
+    mapped: Arc<Mutex<HashMap<VolumeName, Arc<MemVolume>>>>,
 }
 
 impl MemBackend {
     /// A backend whose memory `store` keeps.
     pub fn new(store: Arc<dyn FdStore>) -> MemBackend {
-        MemBackend { store, mapped: Mutex::default() }
+        MemBackend { store, mapped: Arc::default() }
+    }
+
+    fn open_with(
+        &self,
+        spec: &VolumeSpec,
+        context: &OpenContext,
+        prepared: Option<Prepared>,
+    ) -> Result<Opened, BackendError> {
+        check_size(&spec.name, spec.size)?;
+        let failed = system_error(&spec.name, "keep its memory");
+        let name = entry(&spec.name);
+        let (file, incarnation) = match context.store.fetch(&name) {
+            Some(fd) => adopt(&spec.name, fd, spec.size)?,
+            None if context.previous_major.is_some() => {
+                return Err(BackendError::Lost(spec.name.clone()));
+            }
+            None => {
+                let (file, incarnation) = make(spec.size).map_err(&failed)?;
+                context.store.put(&name, file.as_fd()).map_err(&failed)?;
+                context.store.barrier().map_err(&failed)?;
+                (file, incarnation)
+            }
+        };
+        let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+        let volume = match mapped.get(&spec.name) {
+            Some(volume) if volume.incarnation == incarnation => volume.clone(),
+            _ => {
+                // It may have grown since it was mapped.
+                let present = file.metadata().map_err(&failed)?.len();
+                let fits = |prepared: &Prepared| {
+                    prepared.incarnation == incarnation
+                        && HEADER_BYTES + prepared.map.bytes() == present
+                };
+                let map = match prepared.filter(fits) {
+                    Some(prepared) => prepared.map,
+                    None => Map::new(&file, HEADER_BYTES).map_err(&failed)?,
+                };
+                let (name, size) = (spec.name.clone(), AtomicU64::new(spec.size));
+                let map = RwLock::new(map);
+                let volume = Arc::new(MemVolume { name, incarnation, size, file, map });
+                mapped.insert(spec.name.clone(), volume.clone());
+                volume
+            }
+        };
+        drop(mapped);
+        // The registry may have it larger: a resize that was not finished.
+        if volume.size() != spec.size {
+            volume.resize(spec.size)?;
+        }
+        Ok(Opened {
+            volume,
+            major: context.previous_major.unwrap_or(context.host_major),
+            volume_id: 0,
+            incarnation,
+        })
     }
 }
 
@@ -92,44 +148,42 @@ impl Backend for MemBackend {
     }
 
     fn open(&self, spec: &VolumeSpec, context: &OpenContext) -> Result<Opened, BackendError> {
+        self.open_with(spec, context, None)
+    }
+
+    /// Maps what the store has. No page of it is touched, so none is allocated.
+    fn prepare(
+        &self,
+        spec: &VolumeSpec,
+        context: &PrepareContext,
+    ) -> Result<Box<dyn PreparedVolume>, BackendError> {
         check_size(&spec.name, spec.size)?;
-        let failed = system_error(&spec.name, "keep its memory");
-        let name = entry(&spec.name);
-        let (file, incarnation) = match context.store.fetch(&name) {
-            Some(fd) => adopt(&spec.name, fd, spec.size)?,
-            None if context.previous_major.is_some() => {
-                return Err(BackendError::Lost(spec.name.clone()));
-            }
-            None => {
-                let (file, incarnation) = make(spec.size).map_err(&failed)?;
-                context.store.put(&name, file.as_fd()).map_err(&failed)?;
-                context.store.barrier().map_err(&failed)?;
-                (file, incarnation)
-            }
-        };
-        let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
-        let volume = match mapped.get(&spec.name) {
-            Some(volume) if volume.incarnation == incarnation => volume.clone(),
-            _ => {
-                let map = Map::new(&file, HEADER_BYTES).map_err(&failed)?;
-                let (name, size) = (spec.name.clone(), AtomicU64::new(spec.size));
-                let map = RwLock::new(map);
-                let volume = Arc::new(MemVolume { name, incarnation, size, file, map });
-                mapped.insert(spec.name.clone(), volume.clone());
-                volume
-            }
-        };
-        drop(mapped);
-        // The registry may have it larger: a resize that was not finished.
-        if volume.size() != spec.size {
-            volume.resize(spec.size)?;
-        }
-        Ok(Opened {
-            volume,
-            major: context.previous_major.unwrap_or(context.host_major),
-            volume_id: 0,
-            incarnation,
-        })
+        // Its owner stored it before it served the first request.
+        let lost = || BackendError::Lost(spec.name.clone());
+        let fd = context.store.fetch(&entry(&spec.name)).ok_or_else(lost)?;
+        let (file, incarnation) = identify(&spec.name, fd)?;
+        let failed = system_error(&spec.name, "map its memory");
+        let map = Map::new(&file, HEADER_BYTES).map_err(&failed)?;
+        Ok(Box::new(Prepared { backend: self.clone(), incarnation, map }))
+    }
+}
+
+/// The memory of another process's volume, mapped. How large the volume is, its owner may change
+/// until it is opened.
+struct Prepared {
+    backend: MemBackend,
+    incarnation: u64,
+    map: Map,
+}
+
+impl PreparedVolume for Prepared {
+    fn open(
+        self: Box<Self>,
+        spec: &VolumeSpec,
+        context: &OpenContext,
+    ) -> Result<Opened, BackendError> {
+        let backend = self.backend.clone();
+        backend.open_with(spec, context, Some(*self))
     }
 }
 
@@ -154,10 +208,22 @@ fn make(size: u64) -> io::Result<(File, u64)> {
     Ok((file, incarnation))
 }
 
-/// Memory that a predecessor made.
+/// Memory that a predecessor made, at least as large as the volume.
 fn adopt(name: &VolumeName, fd: OwnedFd, size: u64) -> Result<(File, u64), BackendError> {
-    use std::os::unix::fs::FileExt;
     let failed = system_error(name, "adopt its memory");
+    let (file, incarnation) = identify(name, fd)?;
+    let present = file.metadata().map_err(&failed)?.len();
+    // A resize that grew the registry's entry and not the memory.
+    if present < HEADER_BYTES + size {
+        file.set_len(HEADER_BYTES + size).map_err(&failed)?;
+    }
+    Ok((file, incarnation))
+}
+
+/// Which memory it is.
+fn identify(name: &VolumeName, fd: OwnedFd) -> Result<(File, u64), BackendError> {
+    use std::os::unix::fs::FileExt;
+    let failed = system_error(name, "identify its memory");
     let file = File::from(fd);
     let mut header = [0; 16];
     let seals = rustix::fs::fcntl_get_seals(&file).map_err(|errno| failed(errno.into()))?;
@@ -165,11 +231,6 @@ fn adopt(name: &VolumeName, fd: OwnedFd, size: u64) -> Result<(File, u64), Backe
     let (magic, incarnation) = header.split_at(8);
     if magic != MAGIC.to_le_bytes() || !seals.contains(SealFlags::SHRINK) {
         return Err(BackendError::Lost(name.clone()));
-    }
-    let present = file.metadata().map_err(&failed)?.len();
-    // A resize that grew the registry's entry and not the memory.
-    if present < HEADER_BYTES + size {
-        file.set_len(HEADER_BYTES + size).map_err(&failed)?;
     }
     let incarnation = incarnation.try_into().map(u64::from_le_bytes);
     Ok((file, incarnation.map_err(|_| BackendError::Lost(name.clone()))?))
@@ -256,4 +317,6 @@ impl Volume for MemVolume {
 
     /// Memory stays in the store until the volume is deleted.
     fn close(&self) {}
+
+    fn relinquish(&self) {}
 }

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::{
-    Backend, BackendError, Capabilities, Lane, OpenContext, Opened, Request, Volume, VolumeSpec,
+    Backend, BackendError, Capabilities, Lane, OpenContext, Opened, PrepareContext, PreparedVolume,
+    Request, Volume, VolumeSpec,
 };
 
 /// Volumes without storage, for measuring the way to it.
@@ -40,6 +41,27 @@ impl Backend for NullBackend {
             incarnation: 0,
         })
     }
+
+    fn prepare(
+        &self,
+        _spec: &VolumeSpec,
+        _context: &PrepareContext,
+    ) -> Result<Box<dyn PreparedVolume>, BackendError> {
+        Ok(Box::new(Prepared))
+    }
+}
+
+/// There is nothing to see.
+struct Prepared;
+
+impl PreparedVolume for Prepared {
+    fn open(
+        self: Box<Self>,
+        spec: &VolumeSpec,
+        context: &OpenContext,
+    ) -> Result<Opened, BackendError> {
+        NullBackend.open(spec, context)
+    }
 }
 
 impl Volume for NullVolume {
@@ -61,4 +83,6 @@ impl Volume for NullVolume {
     }
 
     fn close(&self) {}
+
+    fn relinquish(&self) {}
 }

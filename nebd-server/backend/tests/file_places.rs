@@ -10,7 +10,8 @@ use std::sync::Arc;
 use common::*;
 use nebd_abi::{Errno, Op, OpFlags};
 use nebd_backend::{
-    Backend, BackendError, FileBackend, FileConfig, FileEngineChoice, NoStore, Volume, VolumeSpec,
+    Backend, BackendError, FileBackend, FileConfig, FileEngineChoice, NoStore, PrepareContext,
+    Volume, VolumeSpec,
 };
 use nix::mount::MsFlags;
 use nix::sched::CloneFlags;
@@ -219,5 +220,32 @@ fn what_is_neither_file_nor_device_is_refused() {
         let spec = VolumeSpec { path: Some(path.into()), ..spec("file:x", 0, 4096) };
         assert!(backend.create(&spec).is_err(), "{path}");
         assert!(backend.observe(&spec).is_err(), "{path}");
+    }
+}
+
+#[test]
+fn a_device_is_given_up_by_a_living_owner() {
+    for engine in ENGINES {
+        let Some(device) = Loop::new(8 * MIB, 512) else { return };
+        let config = FileConfig { engine, ..FileConfig::new("/nonexistent") };
+        let [old, new] = [0, 1].map(|_| FileBackend::new(config.clone()));
+        let (Ok(old), Ok(new)) = (old, new) else { return skip("no io_uring") };
+        let store = || Arc::new(NoStore::default());
+        let spec = old.create(&device_spec(&device, 4096)).unwrap();
+        let owner = open(&old, &spec);
+        let mut shard = Shard::new();
+        let data = pattern(4096, 1);
+        let prepared = new.prepare(&spec, &PrepareContext { store: store() }).unwrap();
+        shard.write(&*owner, 0, &data, OpFlags::NONE).unwrap();
+        let larger = VolumeSpec { size: 16 * MIB, ..spec.clone() };
+        let refused = new.prepare(&larger, &PrepareContext { store: store() }).err();
+        assert!(matches!(refused, Some(BackendError::Size { .. })), "{refused:?}");
+
+        // It lives, and has a request in flight no more.
+        owner.relinquish();
+        let taken = prepared.open(&spec, &context(store(), Some(1), 2)).unwrap().volume;
+        assert!(shard.read(&*taken, 0, 4096).unwrap() == data);
+        assert_eq!(shard.write(&*owner, 0, &pattern(4096, 2), OpFlags::NONE), Err(Errno(9)));
+        assert!(shard.read(&*taken, 0, 4096).unwrap() == data);
     }
 }

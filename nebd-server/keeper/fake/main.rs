@@ -2,7 +2,9 @@
 //!
 //! `nebd-keeper-fake keeper SOCKET STATE-DIR [standby] [hang_ms=N] [start_ms=N] [adopt_ms=N]`
 //! `nebd-keeper-fake server STATE-DIR [--standby]`, started by the keeper
+//! `nebd-keeper-fake server STATE-DIR --candidate`, started by a server
 
+mod candidate;
 mod log;
 mod server;
 
@@ -19,6 +21,7 @@ fn main() -> ExitCode {
     log::start();
     match words[..] {
         ["keeper", socket, state_dir, ref options @ ..] => keeper(socket, state_dir, options),
+        ["server", state_dir, "--candidate"] => candidate::run(PathBuf::from(state_dir)),
         ["server", state_dir, ref options @ ..] => {
             server::run(PathBuf::from(state_dir), options.contains(&"--standby"))
         }

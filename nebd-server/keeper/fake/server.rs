@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Child, ExitCode};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -20,19 +21,44 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::net::SocketFlags;
 use rustix::process::{Pid, Resource, Rlimit, Signal};
 
-struct Server {
-    client: OwnedFd,
-    admin: OwnedFd,
-    probe: OwnedFd,
-    page: HostPage,
-    store: Mutex<BTreeMap<String, OwnedFd>>,
-    notifier: Arc<Notifier>,
+pub struct Server {
+    pub client: OwnedFd,
+    pub admin: OwnedFd,
+    pub probe: OwnedFd,
+    pub life: OwnedFd,
+    pub page: HostPage,
+    pub store: Mutex<BTreeMap<String, OwnedFd>>,
+    pub notifier: Arc<Notifier>,
     /// How the server before ended, and where this one came from.
-    cause: DeathCause,
-    generation: Generation,
-    standby: bool,
-    had_predecessor: bool,
-    state_dir: PathBuf,
+    pub cause: DeathCause,
+    pub generation: AtomicU32,
+    pub standby: bool,
+    pub had_predecessor: bool,
+    pub state_dir: PathBuf,
+    pub child: Mutex<Option<Child>>,
+    /// For the test alone; the admin socket may be another's.
+    pub private: UnixListener,
+    /// Serves nobody (any more, or yet).
+    pub frozen: AtomicBool,
+}
+
+/// Whoever served, or was a candidate, must be dead by the time a server of the keeper's claims.
+fn note_rivals(state_dir: &Path) {
+    for entry in std::fs::read_dir(state_dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension() != Some("sock".as_ref()) || path.ends_with("notify.sock") {
+            continue;
+        }
+        let pid = path.file_stem().unwrap().to_str().unwrap();
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        if stat.rsplit(')').next().is_some_and(|s| !s.is_empty() && !s.starts_with(" Z")) {
+            write_whole(state_dir, "rivals", &format!("{} met {pid}", std::process::id()));
+        }
+    }
+}
+
+pub fn listen_privately(state_dir: &Path) -> UnixListener {
+    UnixListener::bind(state_dir.join(format!("{}.sock", std::process::id()))).unwrap()
 }
 
 impl Holdings for Server {
@@ -68,6 +94,7 @@ pub fn run(state_dir: PathBuf, standby: bool) -> ExitCode {
         let mut fds = [PollFd::new(predecessor, PollFlags::IN)];
         rustix::event::poll(&mut fds, None).unwrap();
     }
+    note_rivals(&state_dir);
     let seen = page.generation();
     let generation = page.claim(seen).unwrap();
     page.announce_probes(1);
@@ -75,21 +102,20 @@ pub fn run(state_dir: PathBuf, standby: bool) -> ExitCode {
         client: inherited.client.unwrap(),
         admin: inherited.admin.unwrap(),
         probe: inherited.probe.unwrap(),
+        life: inherited.life.unwrap(),
         cause: page.death_of(seen),
         page,
-        generation,
+        generation: generation.0.into(),
         store: Mutex::new(inherited.store),
-        notifier: notifier.clone(),
+        notifier,
         standby,
         had_predecessor: inherited.predecessor.is_some(),
+        private: listen_privately(&state_dir),
         state_dir,
+        child: Mutex::new(None),
+        frozen: false.into(),
     });
-    let life = inherited.life.unwrap();
-    let watched = server.clone();
-    std::thread::spawn(move || {
-        let (never, _held) = rustix::pipe::pipe().unwrap();
-        Reregister::new(notifier, life).run(never.as_fd(), &*watched).unwrap();
-    });
+    server.watch_keeper();
     server.notifier.ready();
     server.notifier.status("serving");
     server.serve()
@@ -124,36 +150,52 @@ fn stand_by(inherited: &mut Inherited, state_dir: &Path) -> bool {
 }
 
 impl Server {
-    fn serve(&self) -> ExitCode {
+    pub fn watch_keeper(self: &Arc<Server>) {
+        let watched = self.clone();
+        let watch = Reregister::new(self.notifier.clone(), self.life.try_clone().unwrap());
+        std::thread::spawn(move || {
+            let (never, _held) = rustix::pipe::pipe().unwrap();
+            watch.run(never.as_fd(), &*watched).unwrap();
+        });
+    }
+
+    pub fn serve(self: &Arc<Server>) -> ExitCode {
         loop {
-            let mut fds = [
-                PollFd::new(&self.admin, PollFlags::IN),
-                PollFd::new(&self.client, PollFlags::IN),
-                PollFd::new(&self.probe, PollFlags::IN),
-            ];
+            let mut fds = vec![PollFd::new(&self.private, PollFlags::IN)];
+            if !self.frozen.load(SeqCst) {
+                fds.push(PollFd::new(&self.admin, PollFlags::IN));
+                fds.push(PollFd::new(&self.client, PollFlags::IN));
+                fds.push(PollFd::new(&self.probe, PollFlags::IN));
+            }
             rustix::event::poll(&mut fds, None).unwrap();
-            let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
-            if ready[2] {
+            let ready = |index: usize| fds.get(index).is_some_and(|fd| !fd.revents().is_empty());
+            if ready(3) {
                 let _nothing = rustix::io::read(&self.probe, &mut [0_u8; 8]);
                 self.page.pong(0);
             }
-            if ready[1] {
+            if ready(2) {
                 let _closed_at_once = rustix::net::accept_with(&self.client, SocketFlags::CLOEXEC);
             }
-            if ready[0]
+            if ready(0) {
+                self.answer(self.private.accept().unwrap().0);
+            }
+            if ready(1)
                 && let Ok(connection) = rustix::net::accept_with(&self.admin, SocketFlags::CLOEXEC)
             {
-                let mut stream = UnixStream::from(connection);
-                let mut line = String::new();
-                if BufReader::new(&stream).read_line(&mut line).is_ok() {
-                    let reply = self.obey(line.trim());
-                    let _gone = stream.write_all(reply.as_bytes());
-                }
+                self.answer(UnixStream::from(connection));
             }
         }
     }
 
-    fn obey(&self, line: &str) -> String {
+    fn answer(self: &Arc<Server>, mut stream: UnixStream) {
+        let mut line = String::new();
+        if BufReader::new(&stream).read_line(&mut line).is_ok() {
+            let reply = self.obey(line.trim());
+            let _gone = stream.write_all(reply.as_bytes());
+        }
+    }
+
+    fn obey(self: &Arc<Server>, line: &str) -> String {
         let words: Vec<&str> = line.split(' ').collect();
         match words[..] {
             ["info"] => self.info(),
@@ -194,6 +236,44 @@ impl Server {
                 self.barrier();
                 std::process::exit(0)
             }
+            ["candidate"] => self.start_candidate(&std::env::current_exe().unwrap()),
+            ["candidate", program] => self.start_candidate(Path::new(program)),
+            ["withdraw"] => {
+                let mut child = self.child.lock().unwrap().take().unwrap();
+                child.kill().unwrap();
+                child.wait().unwrap();
+                self.notifier.candidate(0);
+                self.barrier()
+            }
+            ["binary", path] => {
+                self.notifier.binary(Path::new(path));
+                self.barrier()
+            }
+            ["freeze"] => {
+                self.frozen.store(true, SeqCst);
+                "ok".to_owned()
+            }
+            ["claim"] => match self.page.claim(Generation(self.generation.load(SeqCst))) {
+                Some(generation) => {
+                    self.generation.store(generation.0, SeqCst);
+                    "ok".to_owned()
+                }
+                None => "lost".to_owned(),
+            },
+            ["main_pid"] => {
+                self.notifier.main_pid(std::process::id());
+                self.barrier()
+            }
+            ["main_pid_and_die"] => {
+                self.notifier.main_pid(std::process::id());
+                self.die(Signal::KILL)
+            }
+            ["serve"] => {
+                self.page.announce_probes(1);
+                self.watch_keeper();
+                self.frozen.store(false, SeqCst);
+                "ok".to_owned()
+            }
             ["stop"] => self.die(Signal::STOP),
             ["hang"] => loop {
                 std::hint::spin_loop();
@@ -203,11 +283,44 @@ impl Server {
         }
     }
 
+    /// A child that is given all that this one has, once the keeper knows of it.
+    fn start_candidate(&self, program: &Path) -> String {
+        let kind = rustix::net::SocketType::SEQPACKET;
+        let family = rustix::net::AddressFamily::UNIX;
+        let (ours, theirs) =
+            rustix::net::socketpair(family, kind, SocketFlags::CLOEXEC, None).unwrap();
+        let child = std::process::Command::new(program)
+            .arg("server")
+            .arg(&self.state_dir)
+            .arg("--candidate")
+            .stdin(theirs)
+            .spawn()
+            .unwrap();
+        let pid = child.id();
+        *self.child.lock().unwrap() = Some(child);
+        self.notifier.candidate(pid);
+        let answered = self.barrier();
+        if answered != "ok" {
+            return answered;
+        }
+        let held = [&self.client, &self.admin, &self.probe, &self.life].map(AsFd::as_fd);
+        let fds: Vec<_> = held.into_iter().chain([self.page.fd()]).collect();
+        let mut sent = nebd_abi::socket::send(&ours, b"held", &fds);
+        for (name, fd) in &*self.store.lock().unwrap() {
+            sent =
+                sent.and_then(|()| nebd_abi::socket::send(&ours, name.as_bytes(), &[fd.as_fd()]));
+        }
+        if let Err(error) = sent {
+            eprintln!("the candidate has gone: {error}");
+        }
+        pid.to_string()
+    }
+
     fn info(&self) -> String {
         let mut text = format!(
             "pid={} generation={} cause={:?} standby={} predecessor={}",
             std::process::id(),
-            self.generation.0,
+            self.generation.load(SeqCst),
             self.cause,
             self.standby,
             self.had_predecessor,
@@ -223,7 +336,7 @@ impl Server {
         text
     }
 
-    fn barrier(&self) -> String {
+    pub fn barrier(&self) -> String {
         match self.notifier.barrier(Duration::from_secs(20)) {
             Ok(()) => "ok".to_owned(),
             Err(error) => format!("barrier: {error}"),

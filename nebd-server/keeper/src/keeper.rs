@@ -1,7 +1,8 @@
 //! The keeper process: one thread that sleeps in epoll and wakes for a reason.
 //!
 //! ```text
-//!   signals ──┐                        ┌─► supervisor: who serves, who stands by, who comes next
+//!   signals ──┐                        ┌─► supervisor: who serves and who stands by; succession: who
+//!             │                        │     comes next
 //!   mailbox ──┤   events ─► apply ─────┤     watch, backoff: decisions, no clock of their own
 //!   knock   ──┤   (epoll)              ├─► store ─► stream to the standby
 //!   pidfds  ──┘                        └─► process: fork, exec, waitid
@@ -22,6 +23,7 @@ mod process;
 mod sockets;
 mod store;
 mod stream;
+mod succession;
 mod supervisor;
 mod watch;
 

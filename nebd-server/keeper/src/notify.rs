@@ -90,6 +90,20 @@ impl Notifier {
         self.tell(&format!("MAINPID={pid}"));
     }
 
+    /// This child may become the server: it is not to outlive us unseen. 0: there is none any more.
+    /// To be followed by a [`barrier`](Self::barrier), before it is given the means.
+    pub fn candidate(&self, pid: u32) {
+        self.tell(&format!("X_NEBD_CANDIDATE={pid}"));
+    }
+
+    /// Later servers and standbys are to be started from this program.
+    pub fn binary(&self, path: &Path) {
+        match path.to_str().filter(|path| !path.contains('\n')) {
+            Some(path) => self.tell(&format!("X_NEBD_BINARY={path}")),
+            None => tracing::warn!(path = %path.display(), "the keeper cannot be told this path"),
+        }
+    }
+
     /// Keeps a duplicate of `fd` under `name`, in place of any kept before. Held for certain only
     /// after [`barrier`](Self::barrier).
     pub fn store(&self, name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {

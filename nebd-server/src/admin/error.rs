@@ -114,6 +114,23 @@ pub enum AdminError {
         /// Why it failed.
         source: std::io::Error,
     },
+    /// Only root may.
+    #[error("user {uid} may not {action}; ask root")]
+    RootOnly {
+        /// Who asked.
+        uid: u32,
+        /// What was asked, as a verb.
+        action: &'static str,
+    },
+    /// Another planned takeover is under way.
+    #[error("another upgrade is under way; `nebdctl status` shows it")]
+    UpgradeRunning,
+    /// The present server has not proved itself yet.
+    #[error("the present server is on probation; wait for its end, or roll back")]
+    OnProbation,
+    /// There is nothing to go back to.
+    #[error("no other binary has served before this one: name one with `nebdctl upgrade --binary`")]
+    NoPrevious,
     /// The backend refused or failed.
     #[error(transparent)]
     Storage(#[from] BackendError),
@@ -123,7 +140,9 @@ impl AdminError {
     /// As an errno, for a program.
     pub fn errno(&self) -> Errno {
         match self {
-            AdminError::NotFound { .. } => Errno(libc::ENOENT),
+            AdminError::NotFound { .. } | AdminError::NoPrevious => Errno(libc::ENOENT),
+            AdminError::RootOnly { .. } => Errno(libc::EPERM),
+            AdminError::UpgradeRunning | AdminError::OnProbation => Errno(libc::EBUSY),
             AdminError::Exists { .. } => Errno(libc::EEXIST),
             AdminError::Attached { .. } => Errno(libc::EBUSY),
             AdminError::Denied { .. } => Errno(libc::EACCES),

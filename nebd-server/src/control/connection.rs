@@ -167,6 +167,7 @@ fn attach(control: &mut Control, key: u64, request: u64, message: Message, fds: 
     let (peer, memories) = (connection.peer, connection.memories.clone());
     let server = control.server.clone();
     control.server.jobs.spawn(move || {
+        let _pass = server.gate.enter(format!("an attach of {volume}"));
         let attached = parse_fds(session, queue_count, &volume, fds).and_then(|fds| {
             let attachment = Attachment {
                 major: 0,
@@ -333,6 +334,7 @@ fn resize(control: &mut Control, key: u64, request: u64, operation: [u8; 16], si
     };
     let (socket, server) = (connection.socket.clone(), control.server.clone());
     control.server.jobs.spawn(move || {
+        let _pass = server.gate.enter(format!("a resize of {}", session.volume.name));
         let answer = if session.is_read_only() {
             let text = format!("volume {} is attached read-only", session.volume.name);
             failed(Errno::ROFS, text)

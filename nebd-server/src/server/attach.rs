@@ -1,5 +1,6 @@
 //! Attaching a session: anew, again after a server died, or out of the descriptor store.
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::AcqRel};
@@ -230,7 +231,11 @@ impl Server {
             // Read again now that nobody can resize or delete it.
             let record =
                 self.registry.record(name).ok_or_else(|| BackendError::NotFound(name.clone()))?;
-            let opened = backend.open(&record.spec(name), &context)?;
+            let prepared = self.prepared().remove(name);
+            let opened = match prepared {
+                Some(prepared) => prepared.open(&record.spec(name), &context)?,
+                None => backend.open(&record.spec(name), &context)?,
+            };
             let epoch = Epoch::new(opened.major, self.generation);
             Ok(OpenVolume::new(name.clone(), record.block_size, epoch, opened, &record.limits))
         })?;
@@ -407,26 +412,10 @@ impl Server {
     /// Gives the sessions that a predecessor left in the store their places, before anybody else
     /// can ask for their volumes.
     pub fn reserve_stored(&self) -> Vec<AttachRequest> {
-        let mut ids: Vec<SessionId> = self
-            .store
-            .names("s.")
-            .iter()
-            .filter_map(|name| name.strip_prefix("s.")?.split('.').next()?.parse().ok())
-            .collect();
-        ids.sort_unstable();
-        ids.dedup();
+        let ids = self.stored_sessions();
         let requests = ids.into_iter().filter_map(|id| match self.stored_request(id) {
             Ok(request) => {
-                let flags = AttachFlags(request.attachment.attach_flags);
-                let entry = Entry {
-                    volume: request.region.params().volume.clone(),
-                    exclusive: flags.contains(AttachFlags::EXCLUSIVE),
-                    session: None,
-                };
-                if let Some(ledger) = &request.ledger {
-                    crate::metrics::track(id, &entry.volume, ledger);
-                }
-                self.entries().insert(id, entry);
+                self.reserve_for(&request);
                 Some(request)
             }
             Err(error) => {
@@ -440,6 +429,28 @@ impl Server {
             }
         });
         requests.collect()
+    }
+
+    /// The sessions in the store.
+    pub(crate) fn stored_sessions(&self) -> BTreeSet<SessionId> {
+        let names = self.store.names("s.");
+        let id = |name: &String| name.strip_prefix("s.")?.split('.').next()?.parse().ok();
+        names.iter().filter_map(id).collect()
+    }
+
+    /// Gives a stored session its place.
+    pub(crate) fn reserve_for(&self, request: &AttachRequest) {
+        let flags = AttachFlags(request.attachment.attach_flags);
+        let entry = Entry {
+            volume: request.region.params().volume.clone(),
+            exclusive: flags.contains(AttachFlags::EXCLUSIVE),
+            session: None,
+        };
+        let id = request.region.params().session;
+        if let Some(ledger) = &request.ledger {
+            crate::metrics::track(id, &entry.volume, ledger);
+        }
+        self.entries().insert(id, entry);
     }
 
     /// Starts the sessions that have their places, each on a thread of its own.
@@ -461,7 +472,13 @@ impl Server {
         crate::failpoint!("resume");
         let id = request.region.params().session;
         let mut pause = Duration::from_millis(1);
-        let mut attached = self.attach(request);
+        let what = format!("the resumption of {}", request.region.params().volume);
+        // Not held over the pauses: storage that is away holds up no planned takeover.
+        let attach = |request| {
+            let _pass = self.gate.enter(what.clone());
+            self.attach(request)
+        };
+        let mut attached = attach(request);
         while let Err(error) = attached {
             if !error.is_transient() {
                 tracing::error!(session = %id, %error, "session cannot be resumed");
@@ -474,7 +491,7 @@ impl Server {
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_secs(1));
             attached = match self.stored_request(id) {
-                Ok(request) => self.attach(request),
+                Ok(request) => attach(request),
                 Err(error) => {
                     tracing::warn!(session = %id, %error, "the stored session is out of reach");
                     Err(AttachError::Starting(id))
@@ -483,7 +500,8 @@ impl Server {
         }
     }
 
-    fn stored_request(&self, id: SessionId) -> Result<AttachRequest, StoredError> {
+    /// What makes a stored session, mapped.
+    pub(crate) fn stored_request(&self, id: SessionId) -> Result<AttachRequest, StoredError> {
         let fetch = |what: &str| self.store.fetch(&Session::store_name(id, what));
         let region = fetch("region").ok_or(StoredError::Missing("region"))?;
         let region = Arc::new(Region::open(region)?);
@@ -536,7 +554,7 @@ struct Verdicts {
 
 /// Why the store does not hold a whole session.
 #[derive(Debug, thiserror::Error)]
-enum StoredError {
+pub(crate) enum StoredError {
     #[error("its {0} is missing")]
     Missing(&'static str),
     #[error(transparent)]

@@ -244,15 +244,17 @@ impl Server {
 impl AdminApi for Server {
     fn start_upgrade(
         &self,
-        _: &Caller,
-        _: admin::StartUpgradeRequest,
+        caller: &Caller,
+        request: admin::StartUpgradeRequest,
     ) -> Result<admin::Upgrade, AdminError> {
-        let (volume, reason) = (String::new(), "upgrades are not wired up yet");
-        Err(AdminError::NotYet { volume, reason })
+        if !caller.is_root() && caller.uid != rustix::process::geteuid().as_raw() {
+            return Err(AdminError::RootOnly { uid: caller.uid, action: "replace the server" });
+        }
+        self.upgrades.start(&request)
     }
 
     fn upgrade(&self, _: &Caller) -> Result<admin::Upgrade, AdminError> {
-        Ok(admin::Upgrade::default())
+        Ok(self.upgrades.last())
     }
 
     fn create_volume(
@@ -260,6 +262,7 @@ impl AdminApi for Server {
         caller: &Caller,
         request: admin::CreateVolumeRequest,
     ) -> Result<admin::Volume, AdminError> {
+        let _pass = self.gate.enter("a creation");
         let spec = self.spec_of(&request)?;
         let name = spec.name.clone();
         if spec.path.is_some() && !caller.is_root() {
@@ -329,6 +332,7 @@ impl AdminApi for Server {
         caller: &Caller,
         request: admin::ResizeVolumeRequest,
     ) -> Result<admin::Volume, AdminError> {
+        let _pass = self.gate.enter("a resize");
         let name: VolumeName = request.name.parse()?;
         self.record_as_owner(caller, &name, "resize it")?;
         self.resize(&name, &request.operation_id, request.size_bytes, request.shrink)?;
@@ -341,6 +345,7 @@ impl AdminApi for Server {
         caller: &Caller,
         request: admin::DeleteVolumeRequest,
     ) -> Result<(), AdminError> {
+        let _pass = self.gate.enter("a deletion");
         let name: VolumeName = request.name.parse()?;
         // The answer names the very volume that this operation set out to delete: a newer one of the
         // same name is left alone.
@@ -382,6 +387,7 @@ impl AdminApi for Server {
         caller: &Caller,
         request: admin::UnparkVolumeRequest,
     ) -> Result<admin::Volume, AdminError> {
+        let _pass = self.gate.enter("an unpark");
         self.unpark(caller, &request.name, false)
     }
 
@@ -390,6 +396,7 @@ impl AdminApi for Server {
         caller: &Caller,
         request: admin::AbortVolumeRequest,
     ) -> Result<admin::Volume, AdminError> {
+        let _pass = self.gate.enter("an abort");
         self.unpark(caller, &request.name, true)
     }
 
@@ -398,6 +405,7 @@ impl AdminApi for Server {
         caller: &Caller,
         request: admin::LimitVolumeRequest,
     ) -> Result<admin::Volume, AdminError> {
+        let _pass = self.gate.enter("a change of limits");
         let name: VolumeName = request.name.parse()?;
         let action = "limit it";
         // A resize writes the same record.

@@ -55,6 +55,9 @@ pub(super) struct QueueTask {
     /// Waits for its volume's limits since then.
     throttled: Option<Instant>,
     pub(super) in_flight_count: usize,
+    /// While frozen: when it last answered, and whether its end was told.
+    pub(super) last_answer_ns: u64,
+    pub(super) told_drained: bool,
     key: usize,
     ringer: Rc<Ringer>,
     in_flight: Box<[Option<InFlight>]>,
@@ -98,6 +101,8 @@ impl QueueTask {
             turn: Instant::now(),
             tally: Tally::default(),
             conspicuous: None,
+            last_answer_ns: 0,
+            told_drained: false,
             answered_inline: false,
             draining: false,
             idle_turns: 0,

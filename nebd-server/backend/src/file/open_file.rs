@@ -1,29 +1,28 @@
-//! A volume's file, open and locked.
+//! A volume's file, open and locked: see [`super::own`] for how it becomes so.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{
+    AtomicBool, AtomicU8,
+    Ordering::{Relaxed, SeqCst},
+};
 
 use nebd_abi::VolumeName;
-use rustix::fs::{FallocateFlags, FileType, FlockOperation, OFlags};
+use rustix::fs::{FallocateFlags, FlockOperation, OFlags};
 
 use super::buffer;
+use super::own::{Examined, open_locked};
 use super::pool::Pool;
 use super::syncs::Syncs;
 use super::system::{self, Identity, Kind};
 use super::witness::Witnesses;
 use crate::{BackendError, OpenContext, Segment};
 
-/// How long a first open waits for a lock; its owner may be on its way out.
-const FOREIGN_WAIT: Duration = Duration::from_secs(2);
-
 pub(super) struct OpenFile {
-    /// Holds the lock. Requests in flight use this very description, so that they pin the lock even
+    /// Holds the lock, until it is relinquished. Requests in flight use this very description, so that they pin the lock even
     /// after the process died; it is neither passed nor stored. A forked child must close it.
     file: File,
     name: VolumeName,
@@ -33,6 +32,8 @@ pub(super) struct OpenFile {
     direct: AtomicBool,
     /// `fallocate` modes that the file system refused.
     refused: AtomicU8,
+    /// It is a successor's.
+    relinquished: AtomicBool,
     watches_links: bool,
     uses_uring: bool,
     pool: Pool,
@@ -48,38 +49,38 @@ pub(super) struct OpenOptionsOfBackend {
 }
 
 impl OpenFile {
-    /// Opens and locks; blocks until the file is ours.
+    /// Opens and locks; blocks until the file is ours. What an observer opened before is used if it
+    /// is the file still.
     pub(super) fn open(
         name: &VolumeName,
         path: PathBuf,
         block_size: u32,
         options: OpenOptionsOfBackend,
         context: &OpenContext,
+        prepared: Option<Examined>,
     ) -> Result<Arc<OpenFile>, BackendError> {
-        let (file, mut direct) = open_locked(name, &path, options.direct, context)?;
-        let failed = system_error(name, "examine its file");
-        let kind = system::kind(&file).map_err(&failed)?;
-        let identity = Identity::of(&file).map_err(&failed)?;
-        let alignment = if direct { system::direct_alignment(&file) } else { None };
-        if direct && alignment.is_none_or(|(_, offset)| offset > block_size) {
-            tracing::warn!(
-                volume = %name,
-                needed = alignment.map(|(_, offset)| offset),
-                block_size,
-                "direct IO does not fit the volume's block size; using the page cache"
-            );
-            set_buffered(&file).map_err(&failed)?;
-            direct = false;
-        }
-        let syncs = open_syncs(name, path, identity, context)?;
+        let prepared = match prepared {
+            Some(examined) => examined.lock(name, &path, context)?,
+            None => None,
+        };
+        let examined = match prepared {
+            Some(examined) => examined,
+            None => {
+                let (file, direct) = open_locked(name, &path, options.direct, context)?;
+                Examined::new(name, file, direct, block_size)?
+            }
+        };
+        let Examined { file, kind, identity, alignment, is_direct, witnesses } = examined;
+        let syncs = open_syncs(name, path, identity, &witnesses, context)?;
         Ok(Arc::new(OpenFile {
             watches_links: kind == Kind::Regular && system::has_cheap_attributes(&file),
             file,
             name: name.clone(),
             kind,
-            alignment: alignment.unwrap_or((1, 1)),
-            direct: AtomicBool::new(direct),
+            alignment,
+            direct: AtomicBool::new(is_direct),
             refused: AtomicU8::new(0),
+            relinquished: AtomicBool::new(false),
             uses_uring: options.uring,
             pool: Pool::new(options.pool_threads),
             syncs,
@@ -154,8 +155,29 @@ impl OpenFile {
 
     /// The last session is gone.
     pub(super) fn close(&self) {
+        if self.relinquished.load(SeqCst) {
+            return;
+        }
         self.syncs.close();
-        // Whoever still holds the file open must not keep the lock with it.
+        self.unlock();
+    }
+
+    /// A successor is to own the file. The claim of a device ends with its last descriptor only, and
+    /// a request that came after the lock was given up would corrupt what the successor writes: so
+    /// the descriptor becomes one that nothing can be done with.
+    pub(super) fn relinquish(&self) {
+        if self.relinquished.swap(true, SeqCst) {
+            return;
+        }
+        self.syncs.relinquish();
+        self.unlock();
+        if let Err(error) = system::disconnect(&self.file) {
+            tracing::warn!(volume = %self.name, %error, "its file stays open until this process ends");
+        }
+    }
+
+    /// Whoever still holds the file open must not keep the lock with it.
+    fn unlock(&self) {
         if let Err(error) = rustix::fs::flock(&self.file, FlockOperation::Unlock) {
             tracing::warn!(volume = %self.name, %error, "cannot unlock");
         }
@@ -183,108 +205,9 @@ pub(super) fn system_error(
     }
 }
 
-fn set_buffered(file: &File) -> io::Result<()> {
+pub(super) fn set_buffered(file: &File) -> io::Result<()> {
     let flags = rustix::fs::fcntl_getfl(file)?;
     Ok(rustix::fs::fcntl_setfl(file, flags - OFlags::DIRECT)?)
-}
-
-/// Opens for direct IO if wanted and possible; tells whether it is.
-fn open_file(path: &Path, direct: bool, exclusive: bool) -> io::Result<(File, bool)> {
-    let mut options = OpenOptions::new();
-    options.read(true).write(true);
-    let flags = if exclusive { libc::O_EXCL } else { 0 };
-    if direct {
-        match options.clone().custom_flags(libc::O_DIRECT | flags).open(path) {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                tracing::warn!(path = %path.display(), "no direct IO here; using the page cache");
-            }
-            result => return result.map(|file| (file, true)),
-        }
-    }
-    options.custom_flags(flags).open(path).map(|file| (file, false))
-}
-
-/// Opens the file and waits for its lock: a little at a first open, for a lock that somebody alive
-/// may hold for good; as long as needed after a takeover, for the predecessor is dead and what it
-/// had in flight ends.
-///
-/// The lock of a block device is its node's, and one device can have many nodes: it is claimed as
-/// well (`O_EXCL`). A claim is the description's like the lock, pinned by requests in flight, and it
-/// keeps away from file systems that are mounted.
-fn open_locked(
-    name: &VolumeName,
-    path: &Path,
-    direct: bool,
-    context: &OpenContext,
-) -> Result<(File, bool), BackendError> {
-    let mut wait = Wait::new(name, context.previous_major.is_some());
-    loop {
-        let failed = system_error(name, "open its file");
-        let is_device = |mode| FileType::from_raw_mode(mode) == FileType::BlockDevice;
-        let found = rustix::fs::stat(path).map_err(|errno| failed(errno.into()))?;
-        let exclusive = is_device(found.st_mode);
-        let (file, direct) = match open_file(path, direct, exclusive) {
-            Err(error) if exclusive && error.raw_os_error() == Some(libc::EBUSY) => {
-                wait.pause()?;
-                continue;
-            }
-            result => result.map_err(failed)?,
-        };
-        lock(name, &file, &mut wait)?;
-        // While we waited, another file may have been put in its place.
-        let failed = system_error(name, "open its file again");
-        let present = rustix::fs::stat(path).map_err(|errno| failed(errno.into()))?;
-        let held = rustix::fs::fstat(&file).map_err(|errno| failed(errno.into()))?;
-        if (present.st_dev, present.st_ino) == (held.st_dev, held.st_ino)
-            && is_device(held.st_mode) == exclusive
-        {
-            return Ok((file, direct));
-        }
-    }
-}
-
-fn lock(name: &VolumeName, file: &File, wait: &mut Wait<'_>) -> Result<(), BackendError> {
-    loop {
-        match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(()),
-            Err(rustix::io::Errno::INTR) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => wait.pause()?,
-            Err(errno) => return Err(system_error(name, "lock its file")(errno.into())),
-        }
-    }
-}
-
-/// Patience with another owner.
-struct Wait<'a> {
-    name: &'a VolumeName,
-    is_takeover: bool,
-    start: Instant,
-    pause: Duration,
-    logged_s: u64,
-}
-
-impl Wait<'_> {
-    fn new(name: &VolumeName, is_takeover: bool) -> Wait<'_> {
-        let pause = Duration::from_micros(100);
-        Wait { name, is_takeover, start: Instant::now(), pause, logged_s: 0 }
-    }
-
-    /// Sleeps a little, unless patience has ended.
-    fn pause(&mut self) -> Result<(), BackendError> {
-        let waited = self.start.elapsed();
-        if !self.is_takeover && waited >= FOREIGN_WAIT {
-            let detail = "its file is locked or in use".to_owned();
-            return Err(BackendError::Busy { volume: self.name.clone(), detail });
-        }
-        if waited.as_secs() > self.logged_s {
-            self.logged_s = waited.as_secs();
-            tracing::warn!(volume = %self.name, waited_s = self.logged_s, "waiting for the lock");
-        }
-        std::thread::sleep(self.pause);
-        let longest = Duration::from_millis(if waited.as_secs() == 0 { 2 } else { 50 });
-        self.pause = (self.pause * 2).min(longest);
-        Ok(())
-    }
 }
 
 /// Finds the witnesses of earlier epochs, or makes the first.
@@ -292,6 +215,7 @@ fn open_syncs(
     name: &VolumeName,
     path: PathBuf,
     identity: Identity,
+    known: &[String],
     context: &OpenContext,
 ) -> Result<Syncs, BackendError> {
     if !context.store.is_durable() {
@@ -304,13 +228,15 @@ fn open_syncs(
     let failed = system_error(name, "keep its flush witnesses");
     let store = context.store.clone();
     let witnesses = Witnesses::new(store, name.name(), path, identity, context.generation);
-    let mut earlier = !witnesses.names().is_empty();
-    if earlier && !witnesses.are_of_this_file() {
+    let stored = witnesses.names();
+    let mut earlier = !stored.is_empty();
+    let is_foreign = |name: &&String| !known.contains(name) && !witnesses.is_of_this_file(name);
+    if stored.iter().any(|name| is_foreign(&name)) {
         if context.previous_major.is_some() {
             return Err(failed(io::Error::from_raw_os_error(libc::ESTALE)));
         }
         // Of a file that was deleted since.
-        witnesses.remove(&witnesses.names()).map_err(&failed)?;
+        witnesses.remove(&stored).map_err(&failed)?;
         earlier = false;
     }
     let owed = earlier || context.previous_major.is_some();

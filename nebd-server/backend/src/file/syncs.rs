@@ -90,7 +90,7 @@ pub(super) struct Syncs {
     witnesses: Option<Witnesses>,
     /// The stored witnesses owe an error that was reported.
     stale: AtomicBool,
-    /// Whether the volume was closed; held while witnesses are stored, so that none come after.
+    /// Whether the volume was closed, or given up; held while witnesses are stored, so that none come after.
     closed: Mutex<bool>,
 }
 
@@ -145,12 +145,19 @@ impl Syncs {
     /// The volume is closed: nobody will ask.
     pub(super) fn close(&self) {
         let mut closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
-        *closed = true;
+        if std::mem::replace(&mut *closed, true) {
+            return;
+        }
         if let Some(witnesses) = &self.witnesses
             && let Err(error) = witnesses.remove(&witnesses.names())
         {
             tracing::warn!(%error, "cannot remove flush witnesses from the store");
         }
+    }
+
+    /// The volume and its witnesses are a successor's now: none are stored or removed from here on.
+    pub(super) fn relinquish(&self) {
+        *self.closed.lock().unwrap_or_else(PoisonError::into_inner) = true;
     }
 
     /// Stores new witnesses in place of those that were used or are of no use any more.

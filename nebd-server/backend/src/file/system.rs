@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
-use rustix::fs::{AtFlags, FallocateFlags, FileType, StatxFlags};
+use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags, StatxFlags};
 
 use super::buffer::Vectors;
 
@@ -100,6 +100,18 @@ pub(super) fn allocate(
     length: u64,
 ) -> io::Result<()> {
     Ok(rustix::fs::fallocate(fd, mode, offset, length)?)
+}
+
+/// Closes what `file` refers to, whoever else uses the number: every system call on it fails with
+/// `EBADF` from here on.
+pub(super) fn disconnect(file: &File) -> io::Result<()> {
+    // Such a descriptor is good for nothing but being one.
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let nothing = rustix::fs::open("/", flags, Mode::empty())?;
+    // SAFETY: both numbers are open, and `file` goes on to own the one it has: what lies behind it
+    // is replaced in one step, and nothing here or elsewhere counts on what that is.
+    let result = unsafe { libc::dup3(nothing.as_raw_fd(), file.as_raw_fd(), libc::O_CLOEXEC) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// What direct IO demands of memory addresses, and of offsets and lengths, in bytes; `None` if the

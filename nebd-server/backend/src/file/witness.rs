@@ -46,10 +46,10 @@ impl Witnesses {
         names(&*self.store, &self.prefix)
     }
 
-    /// Whether all stored witnesses are of this very file.
-    pub(super) fn are_of_this_file(&self) -> bool {
-        let fds = self.names().into_iter().filter_map(|name| self.store.fetch(&name));
-        fds.into_iter().all(|fd| Identity::of(fd).is_ok_and(|identity| identity == self.identity))
+    /// Whether the stored witness of this name is of this very file. One that cannot be had (no
+    /// descriptor is free) is not held against it.
+    pub(super) fn is_of_this_file(&self, name: &str) -> bool {
+        self.store.fetch(name).is_none_or(|fd| is_of(fd, self.identity))
     }
 
     /// New ones, not stored yet.
@@ -95,6 +95,17 @@ impl Witnesses {
     pub(super) fn remove(&self, names: &[String]) -> io::Result<()> {
         names.iter().try_for_each(|name| self.store.remove(name))
     }
+}
+
+fn is_of(fd: OwnedFd, file: Identity) -> bool {
+    Identity::of(fd).is_ok_and(|identity| identity == file)
+}
+
+/// Names of the stored witnesses of a volume that are of this file. Looking at each is most of what
+/// an open costs, and it stays true for as long as the volume is of this file.
+pub(super) fn known(store: &dyn FdStore, name: &str, file: Identity) -> Vec<String> {
+    let is_known = |name: &String| store.fetch(name).is_some_and(|fd| is_of(fd, file));
+    names(store, &prefix(name)).into_iter().filter(is_known).collect()
 }
 
 fn prefix(name: &str) -> String {

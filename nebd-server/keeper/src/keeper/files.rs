@@ -88,8 +88,20 @@ pub(crate) fn remove(path: &Path) {
 pub(crate) enum Role {
     /// It serves, or was told to.
     Serving,
+    /// It may have taken over.
+    Candidate,
     /// Standing by, or about to exit.
     Other,
+}
+
+impl Role {
+    fn word(self) -> &'static str {
+        match self {
+            Role::Serving => "serving",
+            Role::Candidate => "candidate",
+            Role::Other => "other",
+        }
+    }
 }
 
 /// A line of the record.
@@ -105,8 +117,7 @@ pub(crate) struct Record {
 pub(crate) fn write_children(state_dir: &Path, records: &[Record]) -> Result<(), KeeperError> {
     let mut text = format!("boot {}\n", boot_id());
     for record in records {
-        let role = if record.role == Role::Serving { "serving" } else { "other" };
-        text.push_str(&format!("{role} {} {}\n", record.pid, record.start));
+        text.push_str(&format!("{} {} {}\n", record.role.word(), record.pid, record.start));
     }
     let path = state_dir.join(CHILDREN);
     overwrite(&path, text).map_err(KeeperError::file("write", &path))
@@ -135,7 +146,9 @@ pub(crate) fn read_children(state_dir: &Path) -> Vec<Record> {
     }
     let record = |line: &str| {
         let mut words = line.split(' ');
-        let role = if words.next()? == "serving" { Role::Serving } else { Role::Other };
+        let word = words.next()?;
+        let known = [Role::Serving, Role::Candidate].into_iter().find(|r| r.word() == word);
+        let role = known.unwrap_or(Role::Other);
         Some(Record { role, pid: words.next()?.parse().ok()?, start: words.next()?.parse().ok()? })
     };
     lines.filter_map(record).collect()
@@ -171,7 +184,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let records = [
             Record { role: Role::Serving, pid: 17, start: 99 },
-            Record { role: Role::Other, pid: 18, start: 100 },
+            Record { role: Role::Candidate, pid: 18, start: 100 },
+            Record { role: Role::Other, pid: 19, start: 100 },
         ];
         write_children(directory.path(), &records).unwrap();
         assert_eq!(read_children(directory.path()), records);

@@ -6,6 +6,9 @@
 use std::fs::File;
 use std::io::{Read, Seek};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+
+use nebd_abi::Generation;
 
 use super::config::KeeperError;
 use super::process::{Process, memfd};
@@ -27,6 +30,17 @@ impl<'a> Writer<'a> {
         let fd = fd.into();
         self.text.push_str(&format!("fd {} {role} {detail}\n", fd.as_raw_fd()));
         self.fds.push(fd);
+    }
+
+    /// The program that servers were switched to.
+    pub(crate) fn binary(&mut self, path: &Path) {
+        self.text.push_str(&format!("binary {}\n", path.display()));
+    }
+
+    /// A candidate.
+    pub(crate) fn candidate(&mut self, process: &'a Process, seen: Generation) {
+        let detail = format!("{} {} 0 {}", process.pid, process.start, seen.0);
+        self.fd("candidate", &detail, process.pidfd.as_fd());
     }
 
     /// A process.
@@ -72,10 +86,22 @@ impl Entry {
         let ready = words.next()? == "1";
         Some((Process { pid, pidfd: self.fd, start, by_watchdog: false }, ready))
     }
+
+    /// The candidate that [`Writer::candidate`] wrote, and the generation before it.
+    pub(crate) fn candidate(self) -> Option<(Process, Generation)> {
+        let seen = self.detail.split(' ').nth(3)?.parse().ok()?;
+        self.process().map(|(process, _)| (process, Generation(seen)))
+    }
 }
 
-/// What the earlier image of this process left; `None` if there was none.
-pub(crate) fn read() -> Result<Option<Vec<Entry>>, KeeperError> {
+/// What the earlier image of this process left.
+pub(crate) struct Image {
+    pub(crate) entries: Vec<Entry>,
+    pub(crate) binary: Option<PathBuf>,
+}
+
+/// Reads it; `None` if there was no earlier image.
+pub(crate) fn read() -> Result<Option<Image>, KeeperError> {
     let Some(number) = std::env::var_os(VARIABLE) else { return Ok(None) };
     let number = number.to_str().and_then(|n| n.parse::<RawFd>().ok());
     let number = number.ok_or(KeeperError::Image { what: "its memfd's number" })?;
@@ -87,6 +113,7 @@ pub(crate) fn read() -> Result<Option<Vec<Entry>>, KeeperError> {
         .and_then(|()| file.read_to_string(&mut text))
         .map_err(KeeperError::system("read the earlier image's state"))?;
     let mut lines = Vec::new();
+    let binary = text.lines().find_map(|line| line.strip_prefix("binary ")).map(PathBuf::from);
     for line in text.lines() {
         let mut words = line.splitn(4, ' ');
         let (Some("fd"), Some(number), Some(role)) = (words.next(), words.next(), words.next())
@@ -99,5 +126,5 @@ pub(crate) fn read() -> Result<Option<Vec<Entry>>, KeeperError> {
     let numbers: Vec<RawFd> = lines.iter().map(|(number, ..)| *number).collect();
     let fds = sys::take(&numbers).map_err(KeeperError::system("take over the descriptors"))?;
     let entry = |((_, role, detail), fd)| Entry { role, detail, fd };
-    Ok(Some(lines.into_iter().zip(fds).map(entry).collect()))
+    Ok(Some(Image { entries: lines.into_iter().zip(fds).map(entry).collect(), binary }))
 }

@@ -20,6 +20,7 @@ use super::process::{Process, find_program, server_program};
 use super::sockets::{self, Sockets};
 use super::store::Store;
 use super::stream::Stream;
+use super::succession::{Candidate, Retired};
 use super::supervisor::{Server, Standby, Supervisor};
 use super::watch::Watch;
 use super::{files, image};
@@ -107,14 +108,14 @@ impl Supervisor {
         let count_max = raise_descriptor_limit();
         let events = Events::new()?;
         let mut supervisor = match image::read()? {
-            Some(entries) => Supervisor::restore(config, events, entries, count_max)?,
+            Some(image) => Supervisor::restore(config, events, image, count_max)?,
             None => Supervisor::fresh(config, events, count_max)?,
         };
         supervisor.watch_all()?;
         let now = Instant::now();
         supervisor.write_children();
         if supervisor.serving.is_none() {
-            supervisor.start_at = Some(now);
+            supervisor.begin_vacant(now);
         } else if supervisor.config.standby && supervisor.standby.is_none() {
             supervisor.standby_at = Some(now);
         }
@@ -150,7 +151,10 @@ impl Supervisor {
             store,
             serving: None,
             standby: None,
+            candidate: None,
             retired: Vec::new(),
+            vacancy: None,
+            binary: None,
             predecessor: None,
             start_at: None,
             standby_at: None,
@@ -188,15 +192,18 @@ impl Supervisor {
         Ok(new)
     }
 
-    fn resumed(&self, process: Process, ready: bool) -> Server {
+    /// A server with all its time before it.
+    pub(super) fn resumed(&self, process: Process, ready: bool) -> Server {
         let deadline = Instant::now() + self.config.start_timeout;
-        Server { process, ready, deadline, stream: None, was_standby: false }
+        // One that took over, and has not yet said who is to answer pings.
+        let probes_by = (ready && self.page.silent_probes(0).is_none()).then_some(deadline);
+        Server { process, ready, deadline, probes_by, stream: None, was_standby: false }
     }
 
     fn restore(
         config: KeeperConfig,
         events: Events,
-        entries: Vec<image::Entry>,
+        image: image::Image,
         count_max: usize,
     ) -> Result<Supervisor, KeeperError> {
         let mut store = Store::new(count_max);
@@ -204,7 +211,8 @@ impl Supervisor {
         let (mut lock, mut mailbox, mut predecessor) = (None, None, None);
         let (mut life_read, mut life) = (None, Vec::new());
         let (mut serving, mut standby, mut channel, mut retired) = (None, None, None, Vec::new());
-        for entry in entries {
+        let mut candidate = None;
+        for entry in image.entries {
             match entry.role.as_str() {
                 "lock" => lock = Some(entry.fd),
                 "mailbox" => mailbox = Some(entry.fd),
@@ -214,6 +222,7 @@ impl Supervisor {
                 "channel" => channel = Some(entry.fd),
                 "serving" => serving = entry.process(),
                 "standby" => standby = entry.process(),
+                "candidate" => candidate = entry.candidate(),
                 "retired" => retired.extend(entry.process()),
                 "store" => drop(store.insert(&entry.detail, entry.fd)),
                 "held" => drop(estate.registered.insert(entry.detail, entry.fd)),
@@ -236,8 +245,10 @@ impl Supervisor {
         new.serving = serving.map(|(process, ready)| new.resumed(process, ready));
         new.standby = standby
             .zip(channel)
-            .map(|((process, _), socket)| Standby { process, stream: Stream::resumed(socket) });
-        new.retired = retired.into_iter().map(|(process, _)| process).collect();
+            .map(|((process, _), socket)| Standby::new(process, Stream::resumed(socket)));
+        new.candidate = candidate.map(|(process, seen)| Candidate { process, seen });
+        new.retired = retired.into_iter().map(|(process, _)| Retired::new(process)).collect();
+        new.binary = image.binary;
         new.predecessor = predecessor;
         tracing::info!(store = new.store.len(), "replaced by this image");
         Ok(new)
@@ -268,7 +279,7 @@ impl Supervisor {
         standby: bool,
     ) -> Result<Process, KeeperError> {
         let (list, mut fds): (Vec<&str>, Vec<BorrowedFd<'_>>) = fds.into_iter().unzip();
-        let (program, long) = server_program(&self.config, &list, standby)?;
+        let (program, long) = server_program(&self.config, self.binary.as_deref(), &list, standby)?;
         if let Some(long) = &long {
             fds.insert(0, long.as_fd());
         }
@@ -328,7 +339,7 @@ impl Supervisor {
         let mut fds = self.common();
         fds.push((names::STANDBY, theirs.as_fd()));
         let process = self.spawn(fds, true)?;
-        Ok(Standby { process, stream: Stream::new(ours, &self.store) })
+        Ok(Standby::new(process, Stream::new(ours, &self.store)))
     }
 
     /// Becomes a new image of the keeper's program, with everything held; servers do not notice.
@@ -355,7 +366,9 @@ impl Supervisor {
             writer.process("standby", &standby.process, true);
             writer.fd("channel", "", standby.stream.as_fd());
         }
-        self.retired.iter().for_each(|process| writer.process("retired", process, true));
+        self.candidate.iter().for_each(|c| writer.candidate(&c.process, c.seen));
+        self.retired.iter().for_each(|r| writer.process("retired", &r.process, true));
+        self.binary.iter().for_each(|path| writer.binary(path));
         self.store.iter().for_each(|(name, fd)| writer.fd("store", name, fd.as_fd()));
         let error = writer.hand_over(program);
         tracing::error!(%error, "the keeper could not be replaced; the present one goes on");

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 
 use crate::{is_store_name, names, sys};
 
@@ -25,6 +26,10 @@ pub(crate) struct Notification {
     pub(crate) stopping: bool,
     pub(crate) status: Option<String>,
     pub(crate) main_pid: Option<i32>,
+    /// A process that may become the server; 0: it may no longer.
+    pub(crate) candidate: Option<i32>,
+    /// The program of later servers.
+    pub(crate) binary: Option<PathBuf>,
     pub(crate) change: Option<Change>,
     /// To be answered once everything before it is done.
     pub(crate) barrier: Option<OwnedFd>,
@@ -86,6 +91,10 @@ fn parse(pid: i32, text: &str, fds: Vec<OwnedFd>) -> Notification {
             Some(("STOPPING", "1")) => notification.stopping = true,
             Some(("STATUS", status)) => notification.status = Some(status.to_owned()),
             Some(("MAINPID", pid)) => notification.main_pid = pid.parse().ok().filter(|p| *p > 0),
+            Some(("X_NEBD_CANDIDATE", pid)) => {
+                notification.candidate = pid.parse().ok().filter(|p| *p >= 0);
+            }
+            Some(("X_NEBD_BINARY", path)) => notification.binary = Some(path.into()),
             Some(("FDNAME", value)) => name = Some(value.to_owned()),
             Some((word @ ("FDSTORE" | "FDSTOREREMOVE" | "REGISTER" | "BARRIER"), "1")) => {
                 verb = Some(word);
@@ -137,6 +146,11 @@ mod tests {
         let n = parse(1, "FDNAME=m.a\nFDSTOREREMOVE=1", Vec::new());
         assert!(matches!(n.change, Some(Change::Remove(name)) if name == "m.a"));
         assert!(parse(1, "BARRIER=1", null()).barrier.is_some());
+        let n = parse(1, "X_NEBD_CANDIDATE=17\nBARRIER=1", null());
+        assert!(n.candidate == Some(17) && n.barrier.is_some());
+        assert_eq!(parse(1, "X_NEBD_CANDIDATE=0", Vec::new()).candidate, Some(0));
+        let n = parse(1, "X_NEBD_BINARY=/opt/a=b", Vec::new());
+        assert_eq!(n.binary.as_deref(), Some("/opt/a=b".as_ref()));
     }
 
     #[test]
@@ -148,10 +162,13 @@ mod tests {
             ("FDSTORE=1\nFDNAME=ok", Vec::new()),
             ("REGISTER=1\nFDNAME=m.a", null()),
             ("MAINPID=-4", Vec::new()),
+            ("X_NEBD_CANDIDATE=-4", Vec::new()),
+            ("X_NEBD_CANDIDATE=4x", Vec::new()),
             ("\0\0", null()),
         ] {
             let n = parse(1, text, fds);
             assert!(n.change.is_none() && n.barrier.is_none() && n.main_pid.is_none(), "{text}");
+            assert!(n.candidate.is_none(), "{text}");
         }
     }
 

@@ -4,7 +4,8 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nebd_abi::host::DeathCause;
@@ -78,7 +79,14 @@ impl Process {
         }
     }
 
-    fn is_dead(&self) -> bool {
+    /// Whether it runs the program at `path`, as that is now; false if that cannot be told.
+    pub(crate) fn runs(&self, path: &Path) -> bool {
+        let file = |path: &Path| std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
+        let running = file(Path::new(&format!("/proc/{}/exe", self.pid)));
+        running.is_some() && running == file(path)
+    }
+
+    pub(crate) fn is_dead(&self) -> bool {
         wait(&self.pidfd, PollFlags::IN, Some(Duration::ZERO)).unwrap_or(false)
     }
 
@@ -153,6 +161,15 @@ impl End {
     }
 }
 
+/// Kills what a server of ours has named as its child, and not waited for: the pid is still its own.
+pub(crate) fn kill_unknown(pid: i32) {
+    let Some(pid) = Pid::from_raw(pid).filter(|pid| !pid.is_init()) else { return };
+    match rustix::process::kill_process(pid, Signal::KILL) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+        Err(errno) => tracing::error!(?pid, %errno, "it could not be killed"),
+    }
+}
+
 /// A child that exists, but does nothing before it was written down.
 pub(crate) struct Starting {
     pub(crate) process: Process,
@@ -168,15 +185,19 @@ impl Starting {
     }
 }
 
-/// The program of a server. `count` descriptors will be passed under `names`; the memfd, if any,
-/// is to be passed before them.
+/// The program of a server, `binary` if that is given and can be found. Descriptors will be passed
+/// under these names; the memfd, if any, is to be passed before them.
 pub(crate) fn server_program(
     config: &KeeperConfig,
+    binary: Option<&Path>,
     names_of_fds: &[&str],
     standby: bool,
 ) -> Result<(sys::Program, Option<OwnedFd>), KeeperError> {
     let mut argv = config.server_argv.clone();
-    argv[0] = find_program(&argv[0])?.into();
+    argv[0] = match binary.filter(|path| path.is_file()) {
+        Some(path) => path.into(),
+        None => find_program(&argv[0])?.into(),
+    };
     if standby {
         argv.push("--standby".into());
     }

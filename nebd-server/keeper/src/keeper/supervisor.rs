@@ -7,9 +7,12 @@
 //!    │  ▼             │                   │ dies                              │
 //!    └ backoff        └─► new standby     └─────────────────► cold ◄──────────┘ else, at once
 //! ```
+//!
+//! How a successor is found, and planned takeovers: [`super::succession`].
 
 use std::os::fd::OwnedFd;
-use std::time::Instant;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use nebd_abi::host::HostPage;
 use rustix::process::Signal;
@@ -19,10 +22,11 @@ use super::config::{KeeperConfig, KeeperError};
 use super::events::{Events, Token};
 use super::files::{self, Record, Role};
 use super::mailbox::{Change, Mailbox, Notification, answer};
-use super::process::{End, Process};
+use super::process::Process;
 use super::sockets::Sockets;
 use super::store::Store;
 use super::stream::Stream;
+use super::succession::{Candidate, Retired, Vacancy};
 use super::watch::{Verdict, Watch};
 use crate::notify::Notifier;
 use crate::sys;
@@ -40,6 +44,8 @@ pub(super) struct Server {
     pub(super) ready: bool,
     /// When it is given up if it is not ready.
     pub(super) deadline: Instant,
+    /// When it is given up if nothing of it answers pings: it took over by plan.
+    pub(super) probes_by: Option<Instant>,
     /// It was the standby: what remains to be sent, up to ACTIVATE.
     pub(super) stream: Option<Stream>,
     pub(super) was_standby: bool,
@@ -50,6 +56,14 @@ pub(super) struct Server {
 pub(super) struct Standby {
     pub(super) process: Process,
     pub(super) stream: Stream,
+    /// Killed, for it runs a program that is not wanted any more.
+    pub(super) outdated: bool,
+}
+
+impl Standby {
+    pub(super) fn new(process: Process, stream: Stream) -> Standby {
+        Standby { process, stream, outdated: false }
+    }
 }
 
 /// The end has been asked for.
@@ -74,8 +88,14 @@ pub(super) struct Supervisor {
     pub(super) store: Store,
     pub(super) serving: Option<Server>,
     pub(super) standby: Option<Standby>,
-    /// Handed over to another server and about to exit.
-    pub(super) retired: Vec<Process>,
+    /// It may take over from the serving one.
+    pub(super) candidate: Option<Candidate>,
+    /// Whose end is awaited before anybody is started: they served, or might have claimed.
+    pub(super) retired: Vec<Retired>,
+    /// Nobody serves, and nobody is to before the retired are gone.
+    pub(super) vacancy: Option<Vacancy>,
+    /// The program of servers to come, if not the configured one.
+    pub(super) binary: Option<PathBuf>,
     pub(super) predecessor: Option<OwnedFd>,
     pub(super) backoff: Backoff,
     pub(super) standby_backoff: Backoff,
@@ -121,16 +141,21 @@ impl Supervisor {
 
     pub(super) fn processes(&self) -> impl Iterator<Item = &Process> {
         let serving = self.serving.iter().map(|s| &s.process);
-        serving.chain(self.standby.iter().map(|s| &s.process)).chain(&self.retired)
+        serving
+            .chain(self.standby.iter().map(|s| &s.process))
+            .chain(self.candidate.iter().map(|c| &c.process))
+            .chain(self.retired.iter().map(|r| &r.process))
     }
 
     /// The earliest time at which [`tick`](Self::tick) has something to do.
     fn deadline(&self) -> Option<Instant> {
-        let starting = self.serving.as_ref().filter(|s| !s.ready && !s.process.by_watchdog);
+        let awaited = self.serving.as_ref().filter(|s| !s.process.by_watchdog);
         [
             self.start_at,
             self.standby_at,
-            starting.map(|s| s.deadline),
+            awaited.filter(|s| !s.ready).map(|s| s.deadline),
+            awaited.and_then(|s| s.probes_by),
+            self.retired.iter().filter_map(|r| r.kill_at).min(),
             self.watch.deadline(),
             self.stopping.as_ref().and_then(|s| s.deadline),
             self.replace_by,
@@ -155,20 +180,27 @@ impl Supervisor {
             server.process.signal(Signal::KILL);
         }
         self.check_watch(now);
+        self.check_succession(now);
         if self.stopping.as_mut().is_some_and(|s| due(&mut s.deadline)) {
             tracing::warn!("the servers do not stop; killed");
             self.processes().for_each(|p| p.signal(Signal::KILL));
         }
         if due(&mut self.replace_by) && !self.is_quiet() {
-            tracing::warn!("the standby does not read; killed, so that the keeper can be replaced");
-            self.standby.iter().for_each(|s| s.process.signal(Signal::KILL));
+            for standby in self.standby.iter().filter(|s| !s.stream.is_empty()) {
+                tracing::warn!(
+                    "the standby does not read; killed, so that the keeper can be replaced"
+                );
+                standby.process.signal(Signal::KILL);
+            }
             self.replace_by = Some(now + self.config.hang_timeout);
         }
     }
 
-    /// Nothing is on its way to a standby, so that nothing of it is lost over exec.
+    /// Nothing is on its way to a standby, and no successor is sought, so that nothing of it is lost
+    /// over exec.
     fn is_quiet(&self) -> bool {
-        self.standby.as_ref().is_none_or(|s| s.stream.is_empty())
+        self.vacancy.is_none()
+            && self.standby.as_ref().is_none_or(|s| s.stream.is_empty())
             && self.serving.as_ref().is_none_or(|s| s.stream.is_none())
     }
 
@@ -177,13 +209,15 @@ impl Supervisor {
         match self.watch.expire(now, |ping| page.silent_probes(ping)) {
             Verdict::Fine => {}
             Verdict::PingAgain => self.on_doubt(now),
-            Verdict::Hung => {
-                if let Some(server) = &mut self.serving {
-                    tracing::error!(pid = server.process.pid, "the server hangs; killed");
-                    server.process.by_watchdog = true;
-                    server.process.signal(Signal::KILL);
-                }
-            }
+            Verdict::Hung => self.kill_hung(),
+        }
+    }
+
+    pub(super) fn kill_hung(&mut self) {
+        if let Some(server) = &mut self.serving {
+            tracing::error!(pid = server.process.pid, "the server hangs; killed");
+            server.process.by_watchdog = true;
+            server.process.signal(Signal::KILL);
         }
     }
 
@@ -275,21 +309,25 @@ impl Supervisor {
     }
 
     fn on_notification(&mut self, note: Notification, now: Instant) {
-        let is_standby = self.standby.as_ref().is_some_and(|s| s.process.pid == note.pid);
-        let is_serving = self.serving.as_ref().is_some_and(|s| s.process.pid == note.pid);
-        if !is_standby && !is_serving {
+        if !self.processes().any(|process| process.pid == note.pid) {
             tracing::warn!(pid = note.pid, "a notification of a stranger is ignored");
             return;
         }
         if let Some(status) = note.status {
             tracing::info!(pid = note.pid, status, "status");
         }
-        if is_serving {
+        if self.serving.as_ref().is_some_and(|s| s.process.pid == note.pid) {
             if let Some(change) = note.change {
                 self.on_change(change);
             }
             if note.ready {
                 self.on_ready(now);
+            }
+            if let Some(pid) = note.candidate {
+                self.on_candidate(pid);
+            }
+            if let Some(path) = note.binary {
+                self.on_binary(path);
             }
             if let Some(pid) = note.main_pid {
                 self.on_main_pid(pid);
@@ -297,6 +335,8 @@ impl Supervisor {
             if note.stopping {
                 tracing::info!(pid = note.pid, "the server stops");
             }
+        } else if let Some(pid) = note.main_pid {
+            self.on_claim(note.pid, pid);
         }
         note.barrier.into_iter().for_each(answer);
     }
@@ -345,27 +385,6 @@ impl Supervisor {
         }
     }
 
-    /// A planned handover: the sender has relinquished to this process.
-    fn on_main_pid(&mut self, pid: i32) {
-        let Some(server) = &mut self.serving else { return };
-        if server.process.pid == pid {
-            return;
-        }
-        let Some(process) = Process::open(pid, None) else {
-            tracing::error!(pid, "the server hands over to a process that does not exist");
-            return;
-        };
-        if let Err(error) = self.events.add_process(&process) {
-            tracing::error!(pid, %error, "the new server cannot be watched");
-            return;
-        }
-        tracing::info!(from = server.process.pid, to = pid, "handed over");
-        self.retired.push(std::mem::replace(&mut server.process, process));
-        self.watch = Watch::new(self.config.hang_timeout);
-        self.write_server_pid();
-        self.write_children();
-    }
-
     /// Sends what there is room for; afterwards an activated standby is a server like any other.
     pub(super) fn flush_streams(&mut self) {
         if let Some(standby) = &mut self.standby
@@ -398,58 +417,22 @@ impl Supervisor {
             self.events.remove(&standby.process.pidfd);
             self.events.remove(&standby.stream);
             if self.stopping.is_none() {
-                self.standby_at = Some(now + self.standby_backoff.failed());
+                let delay = match standby.outdated {
+                    true => Duration::ZERO,
+                    false => self.standby_backoff.failed(),
+                };
+                self.standby_at = Some(now + delay);
             }
-        } else if let Some(index) = self.retired.iter().position(|p| p.pid == pid) {
-            self.events.remove(&self.retired.swap_remove(index).pidfd);
+        } else if let Some(candidate) = self.candidate.take_if(|c| c.process.pid == pid) {
+            self.on_candidate_end(candidate, end, now);
+        } else if let Some(index) = self.retired.iter().position(|r| r.process.pid == pid) {
+            self.events.remove(&self.retired.swap_remove(index).process.pidfd);
         }
+        self.fill_vacancy(now);
         if self.stopping.is_none() {
             self.write_children();
         }
         self.reap_orphans();
-    }
-
-    fn on_server_end(&mut self, server: Server, end: End, now: Instant) {
-        // A server that never claimed the generation has no death of its own to tell.
-        if self.page.death_of(self.page.generation()) == nebd_abi::host::DeathCause::Unknown {
-            self.page.record_death(end.cause);
-        }
-        self.events.remove(&server.process.pidfd);
-        if let Some(stream) = &server.stream {
-            self.events.remove(stream);
-        }
-        self.predecessor = Some(server.process.pidfd);
-        self.watch = Watch::new(self.config.hang_timeout);
-        self.standby_at = None;
-        if self.stopping.is_some() {
-            return;
-        }
-        if let Some(standby) = self.standby.take() {
-            self.activate(standby, now);
-        } else if server.ready || server.was_standby {
-            self.start_server(now);
-        } else {
-            let delay = self.backoff.failed();
-            let failures = self.backoff.failures();
-            tracing::error!(failures, ?delay, "the server died before it served");
-            self.start_at = Some(now + delay);
-        }
-    }
-
-    fn activate(&mut self, standby: Standby, now: Instant) {
-        let Standby { process, mut stream } = standby;
-        self.standby_backoff.succeeded();
-        stream.activate();
-        self.serving = Some(Server {
-            process,
-            ready: false,
-            deadline: now + self.config.hang_timeout,
-            stream: Some(stream),
-            was_standby: true,
-        });
-        // Before it is told: a keeper after us must not take it for a mere standby.
-        self.write_children();
-        self.flush_streams();
     }
 
     pub(super) fn write_server_pid(&self) {
@@ -466,8 +449,13 @@ impl Supervisor {
     /// Also with one that is about to start.
     pub(super) fn write_children_with(&self, starting: Option<(&Process, Role)>) {
         let serving = self.serving.as_ref().map(|s| s.process.pid);
+        let candidate = self.candidate.as_ref().map(|c| c.process.pid);
         let record = |p: &Process| {
-            let role = if serving == Some(p.pid) { Role::Serving } else { Role::Other };
+            let role = match Some(p.pid) {
+                pid if pid == serving => Role::Serving,
+                pid if pid == candidate => Role::Candidate,
+                _ => Role::Other,
+            };
             Record { role, pid: p.pid, start: p.start }
         };
         let starting = starting.map(|(p, role)| Record { role, ..record(p) });

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -107,15 +107,52 @@ impl Rig {
 
     /// One attempt; an error if the server died on it.
     pub fn ask(&self, line: &str) -> io::Result<String> {
-        let mut stream = UnixStream::connect(self.admin())?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.write_all(format!("{line}\n").as_bytes())?;
-        let mut reply = String::new();
-        stream.read_to_string(&mut reply)?;
-        match reply.is_empty() {
-            true => Err(io::ErrorKind::UnexpectedEof.into()),
-            false => Ok(reply),
-        }
+        ask_at(&self.admin(), line)
+    }
+
+    /// This very server or candidate.
+    pub fn ask_pid(&self, pid: i32, line: &str) -> io::Result<String> {
+        ask_at(&self.state_dir().join(format!("{pid}.sock")), line)
+    }
+
+    pub fn tell_pid(&self, pid: i32, line: &str) {
+        assert_eq!(self.ask_pid(pid, line).unwrap(), "ok", "{line}");
+    }
+
+    /// Of this very server.
+    pub fn info_of(&self, pid: i32) -> Info {
+        parse_info(&self.ask_pid(pid, "info").unwrap())
+    }
+
+    /// A candidate of this server that has all it needs.
+    pub fn candidate(&self, server: i32, program: &str) -> i32 {
+        let pid = self.ask_pid(server, format!("candidate {program}").trim()).unwrap();
+        let pid = pid.parse().unwrap_or_else(|_| panic!("{pid}"));
+        eventually("a candidate", || self.ask_pid(pid, "info").ok());
+        pid
+    }
+
+    /// Nobody whom the keeper started met a server or a candidate that was alive.
+    pub fn assert_no_rivals(&self) {
+        let rivals = std::fs::read_to_string(self.state_dir().join("rivals"));
+        assert!(rivals.is_err(), "{rivals:?}");
+    }
+
+    /// Children of the keeper that ended and were not taken note of.
+    pub fn zombies(&self) -> Vec<i32> {
+        let children = format!("/proc/{0}/task/{0}/children", self.keeper_pid());
+        let children = std::fs::read_to_string(children).unwrap();
+        let pids = children.split_ascii_whitespace().map(|pid| pid.parse().unwrap());
+        pids.filter(|pid| !is_alive(*pid)).collect()
+    }
+
+    /// Whether the keeper's record names it, and as what.
+    pub fn role(&self, pid: i32) -> Option<String> {
+        let record = std::fs::read_to_string(self.state_dir().join("children")).unwrap();
+        record.lines().find_map(|line| {
+            let (role, rest) = line.split_once(' ')?;
+            (rest.split(' ').next() == Some(&pid.to_string())).then(|| role.to_owned())
+        })
     }
 
     pub fn tell(&self, line: &str) {
@@ -130,23 +167,7 @@ impl Rig {
     /// Of whichever server is there, as soon as one is.
     pub fn info(&self) -> Info {
         let text = eventually("a server answers", || self.ask("info").ok());
-        let mut fields = BTreeMap::new();
-        let mut store = BTreeMap::new();
-        for word in text.split(' ') {
-            match (word.split_once('='), word.split_once(':')) {
-                (Some((key, value)), _) => drop(fields.insert(key, value)),
-                (_, Some((name, value))) => drop(store.insert(name.to_owned(), value.to_owned())),
-                _ => panic!("{text}"),
-            }
-        }
-        Info {
-            pid: fields["pid"].parse().unwrap(),
-            generation: fields["generation"].parse().unwrap(),
-            cause: fields["cause"].to_owned(),
-            standby: fields["standby"] == "true",
-            predecessor: fields["predecessor"] == "true",
-            store,
-        }
+        parse_info(&text)
     }
 
     /// Of the server after `before`.
@@ -190,6 +211,38 @@ impl Rig {
     pub fn kill_keeper(&mut self) {
         signal(self.keeper_pid(), Signal::KILL);
         self.keeper.wait().unwrap();
+    }
+}
+
+fn ask_at(path: &Path, line: &str) -> io::Result<String> {
+    let mut stream = UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(format!("{line}\n").as_bytes())?;
+    let mut reply = String::new();
+    stream.read_to_string(&mut reply)?;
+    match reply.is_empty() {
+        true => Err(io::ErrorKind::UnexpectedEof.into()),
+        false => Ok(reply),
+    }
+}
+
+fn parse_info(text: &str) -> Info {
+    let mut fields = BTreeMap::new();
+    let mut store = BTreeMap::new();
+    for word in text.split(' ') {
+        match (word.split_once('='), word.split_once(':')) {
+            (Some((key, value)), _) => drop(fields.insert(key, value)),
+            (_, Some((name, value))) => drop(store.insert(name.to_owned(), value.to_owned())),
+            _ => panic!("{text}"),
+        }
+    }
+    Info {
+        pid: fields["pid"].parse().unwrap(),
+        generation: fields["generation"].parse().unwrap(),
+        cause: fields["cause"].to_owned(),
+        standby: fields["standby"] == "true",
+        predecessor: fields["predecessor"] == "true",
+        store,
     }
 }
 

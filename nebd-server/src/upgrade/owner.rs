@@ -1,0 +1,552 @@
+//! The old server's side of a planned takeover.
+//!
+//! Until the candidate has claimed the generation, every error and every silence ends here: the
+//! candidate is killed, its end awaited, and the generation word looked at. If it has not moved,
+//! this server goes on as if nothing had been. If it has, this server owns nothing any more and goes.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command as Process, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, RecvTimeoutError};
+use nebd_abi::VolumeName;
+use nebd_abi::layout::SessionId;
+use nebd_backend::FdStore;
+use nebd_rpc::admin::{self, ClientSupport, UpgradeKind, UpgradeState};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+
+use super::Order;
+use crate::handover::message::{
+    self, Client, Frozen, Hello, Message, Prepared, Purpose, Welcome, send_offer,
+};
+use crate::handover::wire::WireError;
+use crate::holdings::Holdings;
+use crate::server::Server;
+use crate::shard::{Command, Freeze, FreezeEvent, monotonic_ns};
+
+/// From exec to the first answer: a busy host loads a binary slowly.
+const HELLO_TIME_MAX: Duration = Duration::from_secs(10);
+const OFFER_TIME_MAX: Duration = Duration::from_secs(30);
+/// Storage may be slow to open.
+const PREPARE_TIME_MAX: Duration = Duration::from_secs(60);
+/// What is under way in the control plane may take this long to end.
+const GATE_TIME_MAX: Duration = Duration::from_secs(5);
+/// Guests stand still while this runs.
+const FENCE_TIME_MAX: Duration = Duration::from_secs(1);
+const RESUME_TIME_MAX: Duration = Duration::from_secs(10);
+const LINGER_TIME_MAX: Duration = Duration::from_secs(10);
+/// Entries of the store in one message.
+const OFFER_ENTRIES_MAX: usize = 128;
+/// Descriptors that a candidate needs for each entry of the store, and for itself.
+const DESCRIPTORS_PER_ENTRY: u64 = 3;
+const DESCRIPTORS_MIN: u64 = 512;
+/// Memory that a candidate needs beside what it maps.
+const MEMORY_KIB_MIN: u64 = 64 << 10;
+
+/// Why a takeover did not come about.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    /// Nothing had moved yet.
+    #[error("{0}")]
+    Refused(String),
+    /// Something broke on the way.
+    #[error("{step}: {reason}")]
+    Failed { step: &'static str, reason: String },
+    /// It was not meant to: a dry run, a check.
+    #[error("")]
+    Enough,
+}
+
+fn failed<E: std::fmt::Display>(step: &'static str) -> impl Fn(E) -> Failure {
+    move |reason| Failure::Failed { step, reason: reason.to_string() }
+}
+
+/// Hands this server over; does not return if that succeeds.
+pub(super) fn hand_over(server: &Arc<Server>, holdings: &Holdings, order: &Order) {
+    let mut owner = Owner { server, holdings, order, candidate: None };
+    let failure = match owner.attempt() {
+        Ok(never) => match never {},
+        Err(failure) => failure,
+    };
+    owner.go_on();
+    let mut report = server.upgrades.report();
+    match failure {
+        Failure::Refused(reason) => report.finish(UpgradeState::Refused, reason),
+        Failure::Failed { .. } => report.finish(UpgradeState::Failed, failure.to_string()),
+        Failure::Enough => report.finish(UpgradeState::Done, ""),
+    }
+}
+
+enum Never {}
+
+struct Owner<'a> {
+    server: &'a Arc<Server>,
+    holdings: &'a Holdings,
+    order: &'a Order,
+    candidate: Option<Candidate>,
+}
+
+struct Candidate {
+    child: Child,
+    socket: OwnedFd,
+}
+
+impl Owner<'_> {
+    fn attempt(&mut self) -> Result<Never, Failure> {
+        let (server, order) = (self.server, self.order);
+        let binary = order.binary.clone().unwrap_or_else(|| self.holdings.binary.clone());
+        let describe = |binary: &Path, version: &str, pid, generation| admin::Server {
+            version: version.into(),
+            binary: binary.to_string_lossy().into_owned(),
+            pid,
+            generation,
+        };
+        let version = env!("CARGO_PKG_VERSION");
+        let (pid, generation) = (std::process::id(), server.generation.0);
+        server.upgrades.report().set_from(describe(
+            &self.holdings.binary,
+            version,
+            pid,
+            generation,
+        ));
+        server.upgrades.report().set_to(describe(&binary, "", 0, 0));
+        check_binary(&binary).map_err(Failure::Refused)?;
+        check_means(server).map_err(Failure::Refused)?;
+
+        let begin = monotonic_ns();
+        self.start(&binary).map_err(Failure::Refused)?;
+        let candidate_pid = self.candidate.as_ref().map_or(0, |candidate| candidate.child.id());
+        server.upgrades.report().set_to(describe(&binary, "", candidate_pid, 0));
+        self.announce(candidate_pid).map_err(failed("HELLO"))?;
+        let clients = self.clients();
+        let welcome = self.greet(&clients)?;
+        server.upgrades.report().set_to(describe(
+            &binary,
+            &welcome.build,
+            candidate_pid,
+            generation + 1,
+        ));
+        let count = clients.len();
+        let detail = format!("version {}, {count} clients attached", welcome.build);
+        server.upgrades.report().step("HELLO", begin, detail);
+        self.judge_clients(clients, &welcome)?;
+        if order.kind == UpgradeKind::Check {
+            return Err(Failure::Enough);
+        }
+
+        self.offer_all()?;
+        let prepared = self.prepare("PREPARE")?;
+        self.close_gate()?;
+        if order.kind == UpgradeKind::DryRun {
+            return Err(Failure::Enough);
+        }
+        crate::failpoint!("owner-ready");
+        let (left, events) = self.freeze(&prepared)?;
+        self.fence()?;
+        self.release(left, &events)
+    }
+
+    fn start(&mut self, binary: &Path) -> Result<(), String> {
+        let flags = SocketFlags::CLOEXEC;
+        let (ours, theirs) =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
+                .map_err(|error| format!("no sockets for the candidate: {error}"))?;
+        let own = std::env::args_os().skip(1);
+        let args = own.filter(|arg| arg != "--standby" && arg != "--candidate");
+        let child = Process::new(binary)
+            .args(args)
+            .arg("--candidate")
+            // All that it inherits; descriptors of ours are closed when it starts.
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .spawn()
+            .map_err(|error| format!("{} cannot be started: {error}", binary.display()))?;
+        self.candidate = Some(Candidate { child, socket: ours });
+        Ok(())
+    }
+
+    fn socket(&self) -> Result<BorrowedFd<'_>, Failure> {
+        let candidate = self.candidate.as_ref().map(|candidate| candidate.socket.as_fd());
+        candidate.ok_or_else(|| failed("HELLO")("there is no candidate"))
+    }
+
+    /// Tells the keeper who may become the server, before it can.
+    fn announce(&self, pid: u32) -> std::io::Result<()> {
+        let Some(notifier) = &self.holdings.notifier else { return Ok(()) };
+        notifier.candidate(pid);
+        self.server.store.barrier()
+    }
+
+    fn greet(&self, clients: &[Client]) -> Result<Welcome, Failure> {
+        let deadline = Instant::now() + HELLO_TIME_MAX;
+        let hello = Hello {
+            versions: (message::VERSION_MIN, message::VERSION),
+            purpose: match self.order.kind {
+                UpgradeKind::Check => Purpose::Check,
+                UpgradeKind::DryRun => Purpose::DryRun,
+                _ => Purpose::Takeover,
+            },
+            generation: self.server.generation,
+            pid: std::process::id(),
+            build: env!("CARGO_PKG_VERSION").into(),
+            binary: self.holdings.binary.to_string_lossy().into_owned(),
+            has_store: self.server.has_store(),
+            canary: self.order.canary.clone(),
+            clients: clients.to_vec(),
+        };
+        let refused = |error: WireError| match error {
+            // Whatever it is, it is no server of ours.
+            WireError::Gone => Failure::Refused(
+                "the binary went away without a word: is it a nebd-server that knows planned \
+                 takeovers? Its log may say more"
+                    .into(),
+            ),
+            error => Failure::Refused(format!("HELLO: {error}")),
+        };
+        let socket = self.socket()?;
+        crate::failpoint!("owner-hello");
+        Message::Hello(hello).send(socket, deadline).map_err(refused)?;
+        match Message::receive(socket, deadline).map_err(refused)? {
+            Message::Welcome(welcome)
+                if (message::VERSION_MIN..=message::VERSION).contains(&welcome.version) =>
+            {
+                Ok(welcome)
+            }
+            Message::Welcome(welcome) => Err(Failure::Refused(format!(
+                "the candidate wants version {} of the handover, this server speaks {} to {}",
+                welcome.version,
+                message::VERSION_MIN,
+                message::VERSION
+            ))),
+            Message::Refused(reason) => Err(Failure::Refused(reason)),
+            other => Err(Failure::Refused(unexpected(&other))),
+        }
+    }
+
+    fn clients(&self) -> Vec<Client> {
+        let sessions = self.server.sessions();
+        let describe = |session: &Arc<crate::session::Session>| {
+            let params = session.region.params();
+            Client {
+                session: session.id,
+                volume: session.volume.name.to_string(),
+                pid: params.client_pid,
+                version: params.client_version.clone(),
+                layout: params.version as u32,
+                features_required: session
+                    .region
+                    .header()
+                    .features_required
+                    .load(std::sync::atomic::Ordering::Relaxed),
+            }
+        };
+        sessions.iter().map(describe).collect()
+    }
+
+    fn judge_clients(&self, clients: Vec<Client>, welcome: &Welcome) -> Result<(), Failure> {
+        let reasons: BTreeMap<[u8; 16], &String> =
+            welcome.unsupported.iter().map(|(session, why)| (session.0, why)).collect();
+        let support = clients.into_iter().map(|client| ClientSupport {
+            session: client.session.to_string(),
+            volume: client.volume,
+            client_pid: client.pid,
+            client_version: client.version,
+            layout_version: client.layout,
+            supported: !reasons.contains_key(&client.session.0),
+            reason: reasons.get(&client.session.0).map_or_else(String::new, |why| (*why).clone()),
+        });
+        let support: Vec<ClientSupport> = support.collect();
+        let refused: Vec<String> = support
+            .iter()
+            .filter(|client| !client.supported)
+            .map(|client| format!("{} (process {})", client.volume, client.client_pid))
+            .collect();
+        self.server.upgrades.report().set_clients(support);
+        if refused.is_empty() {
+            return Ok(());
+        }
+        Err(Failure::Refused(format!(
+            "the candidate cannot serve clients that are attached: {}",
+            refused.join(", ")
+        )))
+    }
+
+    /// Offers the listeners and everything in the store. From now on changes are noted.
+    fn offer_all(&self) -> Result<(), Failure> {
+        let begin = monotonic_ns();
+        let deadline = Instant::now() + OFFER_TIME_MAX;
+        let own: Vec<(&str, BorrowedFd<'_>)> =
+            self.holdings.fds.iter().map(|(name, fd)| (*name, fd.as_fd())).collect();
+        send_offer(self.socket()?, &own, &[], deadline).map_err(failed("OFFER"))?;
+        crate::failpoint!("owner-offer");
+        let _ = self.server.store.changes();
+        let names = self.server.store.names("");
+        let count = names.len() + own.len();
+        self.offer(&names, deadline).map_err(failed("OFFER"))?;
+        self.server.upgrades.report().step("OFFER", begin, format!("{count} descriptors"));
+        Ok(())
+    }
+
+    /// Offers these entries; those that are gone are told as gone.
+    fn offer(&self, names: &[String], deadline: Instant) -> Result<(), WireError> {
+        let Some(candidate) = &self.candidate else { return Err(WireError::Gone) };
+        for group in names.chunks(OFFER_ENTRIES_MAX) {
+            let fetched: Vec<(&String, Option<OwnedFd>)> =
+                group.iter().map(|name| (name, self.server.store.fetch(name))).collect();
+            let entries: Vec<(&str, BorrowedFd<'_>)> = fetched
+                .iter()
+                .filter_map(|(name, fd)| Some((name.as_str(), fd.as_ref()?.as_fd())))
+                .collect();
+            let gone: Vec<String> = fetched
+                .iter()
+                .filter(|(_, fd)| fd.is_none())
+                .map(|(name, _)| (*name).clone())
+                .collect();
+            send_offer(&candidate.socket, &entries, &gone, deadline)?;
+        }
+        Ok(())
+    }
+
+    fn offer_changes(&self, deadline: Instant) -> Result<usize, WireError> {
+        let changed: Vec<String> =
+            self.server.store.changes().unwrap_or_default().into_iter().collect();
+        self.offer(&changed, deadline)?;
+        Ok(changed.len())
+    }
+
+    fn prepare(&self, step: &'static str) -> Result<Prepared, Failure> {
+        let begin = monotonic_ns();
+        let deadline = Instant::now() + PREPARE_TIME_MAX;
+        let socket = self.socket()?;
+        Message::Prepare.send(socket, deadline).map_err(failed(step))?;
+        crate::failpoint!("owner-prepare");
+        let prepared = match Message::receive(socket, deadline).map_err(failed(step))? {
+            Message::Prepared(prepared) => prepared,
+            other => return Err(failed(step)(unexpected(&other))),
+        };
+        // What this server cannot have open either is no reason to stay.
+        let served: HashSet<String> =
+            self.server.sessions().iter().map(|s| s.volume.name.to_string()).collect();
+        let failures: Vec<String> = prepared
+            .failures
+            .iter()
+            .filter(|(what, _)| served.contains(what) || what.is_empty())
+            .map(|(what, why)| format!("{what}: {why}"))
+            .collect();
+        if !failures.is_empty() {
+            return Err(failed(step)(failures.join("; ")));
+        }
+        let detail = format!("{} volumes, {} sessions", prepared.volumes, prepared.sessions);
+        self.server.upgrades.report().step(step, begin, detail);
+        Ok(prepared)
+    }
+
+    /// The control plane stands still from here on; what it did since OFFER follows.
+    fn close_gate(&self) -> Result<(), Failure> {
+        let begin = monotonic_ns();
+        self.server
+            .gate
+            .close(Instant::now() + GATE_TIME_MAX)
+            .map_err(|busy| failed("READY")(format!("still under way: {}", busy.join(", "))))?;
+        let changed =
+            self.offer_changes(Instant::now() + OFFER_TIME_MAX).map_err(failed("READY"))?;
+        self.prepare("READY").inspect_err(|_| self.server.gate.open())?;
+        if changed > 0 {
+            let detail = format!("{changed} descriptors changed meanwhile");
+            self.server.upgrades.report().step("DELTA", begin, detail);
+        }
+        Ok(())
+    }
+
+    /// Stops the data path, and tells the candidate. Returns the sessions that still have requests
+    /// at their storage, and where the end of these is told.
+    fn freeze(
+        &self,
+        prepared: &Prepared,
+    ) -> Result<(Vec<SessionId>, Receiver<FreezeEvent>), Failure> {
+        let begin = monotonic_ns();
+        let (sender, events) = crossbeam::channel::unbounded();
+        let deadline = Instant::now() + self.holdings.freeze;
+        for shard in &self.server.shards {
+            shard.send(Command::Freeze(Freeze { deadline, events: sender.clone() }));
+        }
+        let patience = deadline + FENCE_TIME_MAX;
+        let (mut left, mut last_ns) = (Vec::new(), BTreeMap::<[u8; 16], u64>::new());
+        for _ in &self.server.shards {
+            match events.recv_deadline(patience) {
+                Ok(FreezeEvent::Sealed { left: more, last_ns: times }) => {
+                    left.extend(more);
+                    for (session, ns) in times {
+                        let last = last_ns.entry(session.0).or_default();
+                        *last = ns.max(*last);
+                    }
+                }
+                Ok(FreezeEvent::Drained(_)) => {}
+                Err(_) => return Err(failed("FREEZE")("a shard does not answer")),
+            }
+        }
+        crate::failpoint!("owner-frozen");
+        let changed = self.offer_changes(patience).map_err(failed("FREEZE"))?;
+        let detail = format!(
+            "{} sessions, {} with requests at their storage, {changed} descriptors",
+            prepared.sessions,
+            left.len()
+        );
+        let report = {
+            let mut report = self.server.upgrades.report();
+            report.step("FREEZE", begin, detail);
+            report.to_bytes()
+        };
+        let frozen = Frozen {
+            report,
+            last_ns: last_ns.into_iter().map(|(id, ns)| (SessionId(id), ns)).collect(),
+            left: left.clone(),
+            probation_ms: self.order.probation.as_millis() as u64,
+        };
+        Message::Frozen(frozen).send(self.socket()?, patience).map_err(failed("FREEZE"))?;
+        Ok((left, events))
+    }
+
+    fn fence(&self) -> Result<(), Failure> {
+        let deadline = Instant::now() + FENCE_TIME_MAX;
+        match Message::receive(self.socket()?, deadline).map_err(failed("FENCE"))? {
+            Message::Fenced(_) => Ok(()),
+            other => Err(failed("FENCE")(unexpected(&other))),
+        }
+    }
+
+    /// Gives up what the new owner waits for, and goes.
+    fn release(
+        &self,
+        left: Vec<SessionId>,
+        events: &Receiver<FreezeEvent>,
+    ) -> Result<Never, Failure> {
+        crate::failpoint!("owner-fenced");
+        let volume_of = |id: SessionId| self.server.session(id).map(|s| s.volume.name.clone());
+        // By queue: a session may be there several times.
+        let mut waiting = BTreeMap::<VolumeName, usize>::new();
+        for name in left.into_iter().filter_map(volume_of) {
+            *waiting.entry(name).or_default() += 1;
+        }
+        let open: BTreeSet<VolumeName> =
+            self.server.sessions().iter().map(|session| session.volume.name.clone()).collect();
+        for name in open.iter().filter(|name| !waiting.contains_key(*name)) {
+            self.relinquish(name);
+        }
+        if let Ok(socket) = self.socket() {
+            let _ = Message::Released.send(socket, Instant::now() + FENCE_TIME_MAX);
+        }
+        let deadline = Instant::now() + LINGER_TIME_MAX;
+        while !waiting.is_empty() {
+            match events.recv_deadline(deadline) {
+                Ok(FreezeEvent::Drained(id)) => {
+                    let Some(name) = volume_of(id) else { continue };
+                    let Some(count) = waiting.get_mut(&name) else { continue };
+                    *count -= 1;
+                    if *count == 0 {
+                        waiting.remove(&name);
+                        self.relinquish(&name);
+                    }
+                }
+                Ok(FreezeEvent::Sealed { .. }) => {}
+                // The kernel lets go of their locks once their last request has ended.
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        crate::failpoint!("owner-released");
+        // The service manager must hear of the new one before it sees the end of the old one.
+        let resumed = self
+            .socket()
+            .and_then(|socket| {
+                let deadline = Instant::now() + RESUME_TIME_MAX;
+                Message::receive(socket, deadline).map_err(failed("RESUME"))
+            })
+            .is_ok_and(|message| matches!(message, Message::Resumed));
+        tracing::info!(event = "takeover", resumed, "handed over; this server goes");
+        crate::failpoint!("owner-linger");
+        std::process::exit(0);
+    }
+
+    fn relinquish(&self, name: &VolumeName) {
+        if let Some(volume) = self.server.volumes.open(name) {
+            volume.volume.relinquish();
+        }
+    }
+
+    /// The candidate is gone for certain after this; this server goes on, or goes.
+    fn go_on(&mut self) {
+        self.server.store.forget_changes();
+        if let Some(mut candidate) = self.candidate.take() {
+            let reason = Message::Dismissed("it is not needed".into());
+            let _ = reason.send(&candidate.socket, Instant::now());
+            let ended = candidate.child.kill().and_then(|()| candidate.child.wait());
+            if let Err(error) = ended {
+                tracing::error!(%error, "the end of the candidate cannot be awaited");
+            }
+        }
+        if self.holdings.host.generation() != self.server.generation {
+            tracing::error!(event = "takeover", "the candidate had taken over and was lost");
+            std::process::exit(1);
+        }
+        for shard in &self.server.shards {
+            shard.send(Command::Thaw);
+        }
+        self.server.gate.open();
+        if let Some(notifier) = &self.holdings.notifier {
+            notifier.candidate(0);
+        }
+    }
+}
+
+fn unexpected(message: &Message) -> String {
+    match message {
+        Message::Refused(reason) | Message::Dismissed(reason) => reason.clone(),
+        _ => "the candidate sent a message that nobody asked for".into(),
+    }
+}
+
+/// Refuses what is no executable, and what others could have put there.
+fn check_binary(path: &PathBuf) -> Result<(), String> {
+    use std::os::unix::fs::MetadataExt;
+    let shown = path.display();
+    let metadata =
+        std::fs::metadata(path).map_err(|error| format!("{shown} cannot be used: {error}"))?;
+    if !path.is_absolute() || !metadata.is_file() || metadata.mode() & 0o111 == 0 {
+        return Err(format!("{shown} is no executable file with an absolute path"));
+    }
+    let own = rustix::process::geteuid().as_raw();
+    if metadata.uid() != 0 && metadata.uid() != own {
+        return Err(format!("{shown} belongs to user {}, not to root or {own}", metadata.uid()));
+    }
+    if metadata.mode() & 0o002 != 0 {
+        return Err(format!("{shown} can be written by everybody; chmod o-w it"));
+    }
+    Ok(())
+}
+
+/// Refuses a host that has no room for two servers.
+fn check_means(server: &Server) -> Result<(), String> {
+    let stored = server.store.names("").len() as u64;
+    let wanted = DESCRIPTORS_MIN + stored * DESCRIPTORS_PER_ENTRY;
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    if limit.maximum.is_some_and(|limit| limit < wanted) {
+        return Err(format!(
+            "a candidate needs {wanted} descriptors, the limit is {}: raise LimitNOFILE",
+            limit.maximum.unwrap_or_default()
+        ));
+    }
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let available = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    match available {
+        Some(kib) if kib < MEMORY_KIB_MIN => Err(format!(
+            "a second server needs {} MiB, and the host has {} MiB left",
+            MEMORY_KIB_MIN >> 10,
+            kib >> 10
+        )),
+        _ => Ok(()),
+    }
+}
