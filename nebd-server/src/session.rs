@@ -27,6 +27,7 @@ use nebd_abi::control::{AttachFlags, VolumeInfo};
 use nebd_abi::layout::{ServerState, SessionId, TRANSFER_BYTES_MAX};
 use nebd_abi::region::Region;
 
+use crate::metrics::Totals;
 use crate::volume::OpenVolume;
 use ledger::Ledger;
 pub use live::QueueLive;
@@ -63,6 +64,8 @@ pub struct Session {
     pub queues_left: AtomicU32,
     draining: AtomicBool,
     connected: AtomicBool,
+    /// Errors and requests that predecessors counted.
+    counted_before: (u64, u64),
     /// What its client said of the takeover before.
     blackout_before_us: u64,
     blackout_noted: AtomicBool,
@@ -96,7 +99,10 @@ impl Session {
     /// A session about to be served.
     pub fn new(parts: SessionParts) -> Session {
         let queue_count = parts.region.geometry().queue_count;
+        let mut totals = Totals::default();
+        totals.add(parts.ledger.counters());
         Session {
+            counted_before: (totals.errors(), totals.requests()),
             id: parts.region.params().session,
             live: (0..queue_count).map(|_| QueueLive::default()).collect(),
             blackout_before_us: parts.region.header().blackout_last_us.load(Relaxed),
@@ -195,6 +201,14 @@ impl Session {
     /// Its client has connected, or lost its connection.
     pub fn set_connected(&self, connected: bool) {
         self.connected.store(connected, Relaxed);
+    }
+
+    /// Errors and requests since this server serves it.
+    pub fn counted_here(&self) -> (u64, u64) {
+        let mut totals = Totals::default();
+        totals.add(self.ledger.counters());
+        let (errors, requests) = self.counted_before;
+        (totals.errors().saturating_sub(errors), totals.requests().saturating_sub(requests))
     }
 
     /// Notes the blackout of the takeover in which this server got the session, as soon as the

@@ -18,7 +18,9 @@ use common::{Client, Server, ask, until};
 use exposition::{Family, parse};
 use nebd_abi::Op;
 use nebd_abi::control::{AttachFlags, Message};
-use nebd_rpc::admin::{CreateVolumeRequest, GetStatusRequest, LimitVolumeRequest};
+use nebd_rpc::admin::{
+    CreateVolumeRequest, GetStatusRequest, LimitVolumeRequest, StartUpgradeRequest, UpgradeKind,
+};
 use nebd_server::metrics::snapshot::CATALOGUE;
 
 const REQUEST: &str = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n";
@@ -123,6 +125,48 @@ fn counters_survive_kills_and_the_ends_of_sessions() {
     // Those that were refused never went to the storage.
     assert_eq!(latency("nebd_volume_latency_seconds_count"), 300.0 + 3.0 + 3.0 + 1.0);
     assert!(latency("nebd_volume_latency_seconds_sum") > 0.0);
+}
+
+#[test]
+fn a_planned_takeover_hands_counters_over_and_is_counted() {
+    let server = Server::start("keeper");
+    server.create("null:a");
+    let mut client = Client::attach(&server, "null:a", 1, AttachFlags::EXCLUSIVE).unwrap();
+    for _ in 0..100 {
+        assert_eq!(client.io(Op::Read, 0, 4096), Ok(()));
+    }
+    until(|| (requests(&server, "null:a", "read") == 100.0).then_some(()));
+    let request = StartUpgradeRequest {
+        operation_id: vec![1; 16].into(),
+        kind: UpgradeKind::Upgrade.into(),
+        ..Default::default()
+    };
+    server.admin(async |mut client| client.start_upgrade(request).await).unwrap();
+    let path = socket(&server);
+    // Whichever of the two tells, it tells no less, and there is always one of them.
+    let families = until(|| {
+        assert_eq!(client.io(Op::Read, 0, 4096), Ok(()));
+        let families = parse(&fetch(&path).ok()?);
+        let labels = [("volume", "null:a"), ("op", "read")];
+        assert!(value(&families, "nebd_volume_requests_total", &labels) >= 100.0);
+        let generation = value(&families, "nebd_generation", &[]);
+        let resumed = families["nebd_takeover_phase_seconds"]
+            .samples
+            .iter()
+            .any(|((_, labels), _)| labels.get("phase").is_some_and(|phase| phase == "RESUME"));
+        (generation == 2.0 && resumed).then_some(families)
+    });
+    assert_eq!(value(&families, "nebd_takeovers_total", &[("kind", "planned")]), 1.0);
+    assert_eq!(value(&families, "nebd_takeovers_total", &[("kind", "killed")]), 0.0);
+    let planned = [("kind", "planned")];
+    assert_eq!(value(&families, "nebd_blackout_seconds_count", &planned), 1.0);
+    assert!(value(&families, "nebd_takeover_last_blackout_seconds", &[]) > 0.0);
+    for phase in ["HELLO", "OFFER", "PREPARE", "FREEZE", "FENCE", "RESUME"] {
+        let count = value(&families, "nebd_takeover_phase_seconds_count", &[("phase", phase)]);
+        assert!(count >= 1.0, "{phase}");
+    }
+    let last = server.status().last_takeover.unwrap();
+    assert_eq!((last.kind.as_str(), last.generation), ("planned", 2));
 }
 
 #[test]

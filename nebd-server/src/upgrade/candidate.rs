@@ -271,12 +271,13 @@ impl<'a> Candidate<'a> {
         crate::failpoint!("candidate-resumed");
         self.assembly.settle();
         let _ = Message::Resumed.send(self.socket, Instant::now() + ANSWER_TIME_MAX);
+        for Blackout { volume, blackout_us, .. } in &blackouts {
+            if let Ok(volume) = volume.parse() {
+                crate::metrics::note_blackout(&volume, Duration::from_micros(*blackout_us));
+            }
+        }
         {
             let mut report = server.upgrades.report();
-            for ((_, volume, _), blackout) in served.iter().zip(&blackouts) {
-                let blackout = Duration::from_micros(blackout.blackout_us);
-                crate::metrics::note_blackout(volume, blackout);
-            }
             let worst = blackouts.iter().map(|blackout| blackout.blackout_us).max().unwrap_or(0);
             let detail = format!("{} sessions, worst blackout {worst} us", blackouts.len());
             report.set_blackouts(blackouts);

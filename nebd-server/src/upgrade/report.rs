@@ -127,6 +127,7 @@ impl Report {
             duration_us: now.saturating_sub(begin_ns) / 1000,
             detail,
         };
+        crate::metrics::note_phase(name, Duration::from_nanos(now.saturating_sub(begin_ns)));
         tracing::info!(
             event = "takeover",
             step = name,
