@@ -36,6 +36,7 @@ use crate::fd_store::ServerStore;
 use crate::holdings::Holdings;
 use crate::registry::{Registry, RegistryError, host_major};
 use crate::server::{Server, ServerParts};
+use crate::service_manager::ServiceManager;
 use crate::session::MemoryQuota;
 use crate::shard::{EventSink, ShardContext};
 use crate::upgrade::{Probation, Report};
@@ -92,7 +93,7 @@ fn system<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> RunErro
 pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(), RunError> {
     prelude(config)?;
     let alone = inherited.host.is_none();
-    let lock = if alone { Some(lock(&config.state_dir)?.into()) } else { None };
+    let lock: Option<OwnedFd> = if alone { Some(lock(&config.state_dir)?.into()) } else { None };
     let host = match inherited.host.take() {
         Some(fd) => HostPage::open(fd),
         None => HostPage::create(),
@@ -109,12 +110,23 @@ pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(
     if let Some(predecessor) = inherited.predecessor.take() {
         confirm_death(&predecessor).map_err(system("confirm the predecessor's death"))?;
     }
+    let service_manager = ServiceManager::of(Notifier::from_env().map(Arc::new));
+    if let Some(service_manager) = &service_manager {
+        service_manager.record_death(&host);
+        if let Some(lock) = &lock {
+            let kept = service_manager.keep(&host, lock.as_fd());
+            kept.map_err(system("have the host page kept"))?;
+        }
+    }
     crate::failpoint!("before-claim");
     let Some(generation) = host.claim(seen) else {
         tracing::info!(%seen, "another server has taken over; this one is not needed");
         return Ok(());
     };
     crate::failpoint!("after-claim");
+    if let Some(service_manager) = &service_manager {
+        service_manager.note_owner().map_err(system("have the pidfd kept"))?;
+    }
     tracing::info!(%generation, pid = std::process::id(), standby, "taking over");
 
     let mode = config.socket_mode()?;
@@ -201,8 +213,14 @@ pub(crate) fn assemble(config: &Config, given: Ingredients) -> Result<Assembly, 
         (nebd_keeper::names::ADMIN, given.admin.try_clone()),
         (nebd_keeper::names::HOST, host.fd().try_clone_to_owned()),
     ];
+    let given_probe = match (given.probe, ServiceManager::of(notifier.clone())) {
+        (None, Some(service_manager)) => {
+            service_manager.probe().map_err(system("make a doorbell"))?
+        }
+        (probe, _) => probe,
+    };
     let life = given.life.as_ref().map(|fd| (nebd_keeper::names::LIFE, fd.try_clone()));
-    let probe = given.probe.as_ref().map(|fd| (nebd_keeper::names::PROBE, fd.try_clone()));
+    let probe = given_probe.as_ref().map(|fd| (nebd_keeper::names::PROBE, fd.try_clone()));
     let lock = given.lock.map(|fd| (crate::holdings::LOCK, Ok(fd)));
     let fds = passed.into_iter().chain(life).chain(probe).chain(lock);
     let fds = fds.map(|(name, fd)| Ok((name, fd?))).collect::<io::Result<_>>();
@@ -228,7 +246,7 @@ pub(crate) fn assemble(config: &Config, given: Ingredients) -> Result<Assembly, 
         doorbell,
         notices: notice_receiver,
         shard_events,
-        probe: given.probe,
+        probe: given_probe,
     };
     let control =
         Control::new(server.clone(), inputs).map_err(system("set up the control loop"))?;
@@ -253,6 +271,10 @@ impl Assembly {
         if let Some(notifier) = &self.holdings.notifier {
             notifier.ready();
         }
+        let service_manager = ServiceManager::of(self.holdings.notifier.clone());
+        if let Some(Err(error)) = service_manager.map(|manager| manager.note_owner()) {
+            tracing::warn!(%error, "the service manager does not have this server's pidfd");
+        }
         if let Err(error) = self.server.store.barrier() {
             tracing::warn!(%error, "the service manager has not confirmed the new server");
         }
@@ -271,6 +293,13 @@ impl Assembly {
         // A service manager has no life pipe: it does not die before its services.
         if let (Some(notifier), Some(life)) = (&holdings.notifier, life) {
             watch_keeper(Reregister::new(notifier.clone(), life), holdings.clone())?;
+        }
+        let service_manager = ServiceManager::of(holdings.notifier.clone());
+        let probe = holdings.fds.get(nebd_keeper::names::PROBE).map(|fd| fd.try_clone());
+        if let (Some(service_manager), Some(probe)) = (service_manager, probe) {
+            probe
+                .and_then(|probe| service_manager.give_signs_of_life(&holdings.host, probe))
+                .map_err(system("give signs of life"))?;
         }
         crate::metrics::endpoint::spawn(config, server.clone());
         crate::upgrade::spawn(&server, &holdings).map_err(system("start a thread"))?;

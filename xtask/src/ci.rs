@@ -13,7 +13,7 @@ use crate::c_example::{self, CExampleArgs};
 use crate::cargo::{self, Profile, cargo, cargo_nightly};
 use crate::curve_example;
 use crate::hypervisors::{self, HypervisorsArgs};
-use crate::systemd;
+use crate::systemd::{self, GuestArgs};
 
 /// Which steps.
 #[derive(Args)]
@@ -48,7 +48,7 @@ const fn step(name: &'static str, run: fn(&CiArgs) -> Result<Ran>) -> Step {
 }
 
 /// The cheap ones first; those that need another toolchain or target directory last.
-const STEPS: [Step; 15] = [
+const STEPS: [Step; 16] = [
     step("packages", packages),
     step("fmt", fmt),
     step("tidy", tidy),
@@ -60,6 +60,7 @@ const STEPS: [Step; 15] = [
     step("c-example", c_example),
     step("curve-example", curve_example),
     step("hypervisors", hypervisors),
+    step("systemd-guest", systemd_guest),
     step("loom", loom),
     step("address-sanitizer", address_sanitizer),
     step("fuzz", fuzz),
@@ -232,6 +233,14 @@ fn hypervisors(_: &CiArgs) -> Result<Ran> {
 
 fn systemd(_: &CiArgs) -> Result<Ran> {
     Ok(match systemd::units::verify()? {
+        Some(reason) => Ran::No(reason),
+        None => Ran::Yes,
+    })
+}
+
+fn systemd_guest(_: &CiArgs) -> Result<Ran> {
+    let args = GuestArgs { profile: Profile::Dev, patience: 420, programs: None };
+    Ok(match systemd::run_guest(&args)? {
         Some(reason) => Ran::No(reason),
         None => Ran::Yes,
     })
