@@ -26,9 +26,17 @@ pub struct Server {
 
 impl Server {
     pub fn start(command: &str) -> Server {
+        Server::configured(command, "")
+    }
+
+    pub fn configured(command: &str, config: &str) -> Server {
         let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nebd.toml");
+        std::fs::write(&path, config).unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_nebd-server"))
             .arg(command)
+            .arg("--config")
+            .arg(path)
             .arg("--socket")
             .arg(dir.path().join("nebd.sock"))
             .arg("--state-dir")
@@ -150,8 +158,12 @@ pub fn hello(path: &Path) -> OwnedFd {
 impl Client {
     /// Greeted, not attached.
     pub fn new(server: &Server, volume: &str, id: u8) -> Client {
-        let geometry =
-            Geometry { queue_count: 1, queue_depth: 8, iovecs_per_slot: 4, arena_size: 1 << 16 };
+        Client::with_arena(server, volume, id, 1 << 16)
+    }
+
+    /// The same, with so many bytes for data.
+    pub fn with_arena(server: &Server, volume: &str, id: u8, arena_size: u64) -> Client {
+        let geometry = Geometry { queue_count: 1, queue_depth: 8, iovecs_per_slot: 4, arena_size };
         let region = Region::create(RegionParams {
             version: LayoutVersion::CURRENT,
             session: SessionId([id; 16]),
