@@ -38,7 +38,7 @@ use crate::registry::{Registry, RegistryError, host_major};
 use crate::server::{Server, ServerParts};
 use crate::service_manager::ServiceManager;
 use crate::session::MemoryQuota;
-use crate::shard::{EventSink, ShardContext};
+use crate::shard::{EventSink, ShardContext, SpinBudget};
 use crate::upgrade::{Probation, Report};
 
 /// The descriptor table's first size; 8 bytes each.
@@ -320,18 +320,21 @@ fn build(
     events: EventSink,
 ) -> Result<Server, RunError> {
     let lane = LaneConfig { io_uring: config.file.engine != "threads", ..LaneConfig::default() };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let shard_count = if config.shards == 0 { cores } else { config.shards };
+    let shard_count = shard_count.min(nebd_abi::host::PROBES_MAX - 1);
     let context = ShardContext {
         host: host.clone(),
         generation,
         lane,
         spin: Duration::from_micros(config.ring.spin_us),
+        spin_budget: SpinBudget::of(config.ring.spin_cores_max, shard_count),
         batch: config.ring.batch.max(1),
         stall_alarm: Duration::from_millis(config.ring.stall_alarm_ms),
         events,
+        beacons: crate::shard::beacons(shard_count),
     };
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let shard_count = if config.shards == 0 { cores } else { config.shards };
-    let shards = (0..shard_count.min(nebd_abi::host::PROBES_MAX - 1))
+    let shards = (0..shard_count)
         .map(|index| crate::shard::spawn(index, context.clone()))
         .collect::<io::Result<Vec<_>>>()
         .map_err(system("start a shard"))?;
