@@ -131,7 +131,8 @@ def explained_us(backend, shards, names, alone_iops, beside_iops):
     for name in names:
         _, block_size, depth = GREEDY[name]
         turn = max(1, TURN // (block_size + REQUEST_COST))
-        # With two shards the modest one has its own, as long as there are no more than two sessions.
+        # Sessions go to shards in turn. With two shards and one greedy session the modest one has its
+        # own; with two it shares with one of them, and both are counted.
         if shards == 1 or len(names) > 1:
             total += turn / alone_iops[name] * 1e6
         if backend == "file":

@@ -92,17 +92,20 @@ impl Share {
     }
 
     /// A request went to the storage.
+    #[inline]
     pub(super) fn submitted(&self, bytes: u64) {
         self.requests.set(self.requests.get() + 1);
         self.bytes.set(self.bytes.get().saturating_add(bytes));
     }
 
     /// The storage answered a request.
+    #[inline]
     pub(super) fn answered(&self, bytes: u64) {
         self.requests.set(self.requests.get().saturating_sub(1));
         self.bytes.set(self.bytes.get().saturating_sub(bytes));
     }
 
+    #[inline]
     fn has_room(&self) -> bool {
         let (requests, bytes) = (self.requests.get(), self.bytes.get());
         requests < HELD_REQUESTS_MAX && (bytes < HELD_BYTES_MAX || requests == 0)
@@ -131,6 +134,7 @@ pub(super) enum Pace {
 }
 
 impl Turn {
+    #[inline]
     pub(super) fn pace(&self, share: &Share) -> Pace {
         match self.requests_left > 0 && self.balance > 0 {
             false => Pace::Over,
@@ -140,6 +144,7 @@ impl Turn {
     }
 
     /// A request of so many bytes was taken.
+    #[inline]
     pub(super) fn took(&mut self, bytes: u64) {
         self.requests_left -= 1;
         self.balance -= bytes.min(COST_MAX) as i64 + REQUEST_COST;
@@ -183,6 +188,7 @@ impl Fair {
     }
 
     /// The turn of one of a session's queues.
+    #[inline]
     pub(super) fn turn(&self, share: &Share, batch: u32) -> Turn {
         let (is_shared, is_held) = (self.is_shared(), self.is_held());
         let balance = match is_shared {
@@ -194,6 +200,7 @@ impl Fair {
     }
 
     /// A turn is over; `taken` if it had a request. Whether the session owes.
+    #[inline]
     pub(super) fn end(&mut self, turn: &Turn, share: &Rc<Share>, taken: bool) -> bool {
         share.balance.set(if turn.is_shared { turn.balance } else { QUANTUM });
         if taken {

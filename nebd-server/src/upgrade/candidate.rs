@@ -90,6 +90,9 @@ pub fn run(config: &Config) -> Result<(), CandidateError> {
     result
 }
 
+/// A volume opened as an observer, or why not.
+type Opening = Result<Box<dyn PreparedVolume>, String>;
+
 struct Candidate<'a> {
     config: &'a Config,
     socket: &'a OwnedFd,
@@ -214,10 +217,7 @@ impl<'a> Candidate<'a> {
     }
 
     /// Opens volumes as an observer, several at a time.
-    fn open_all(
-        &self,
-        wanted: &BTreeSet<VolumeName>,
-    ) -> Vec<(VolumeName, Result<Box<dyn PreparedVolume>, String>)> {
+    fn open_all(&self, wanted: &BTreeSet<VolumeName>) -> Vec<(VolumeName, Opening)> {
         let server = &self.assembly.server;
         let names: Vec<&VolumeName> = wanted.iter().collect();
         let next = AtomicUsize::new(0);

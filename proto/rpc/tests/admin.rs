@@ -1,6 +1,10 @@
 //! Golden bytes of the admin API: a field that is renumbered or changes its type fails here.
 
-use nebd_rpc::admin::{CreateVolumeRequest, Queue, ResizeVolumeRequest, Session, Status, Volume};
+use nebd_rpc::admin::{
+    self, Blackout, ClientSupport, Counters, CreateVolumeRequest, OpCounters, Queue,
+    ResizeVolumeRequest, Session, StartUpgradeRequest, Status, Takeover, Upgrade, UpgradeStep,
+    Volume,
+};
 use prost::Message;
 
 fn check<M: Message + Default + PartialEq + std::fmt::Debug>(message: M, golden: &str) {
@@ -49,8 +53,22 @@ fn volumes_and_status() {
         iops_limit: 12,
         bytes_per_s_limit: 13,
         burst_ms: 14,
+        in_flight: 30,
+        stalled: 31,
+        oldest_request_ms: 32,
+        counters: Some(Counters {
+            ops: vec![OpCounters { op: "a".into(), requests: 2, errors: 3, bytes: 4 }],
+            stalls: 2,
+            throttles: 3,
+            throttled_us: 4,
+            latency_sum_us: 5,
+            latency_buckets: vec![6, 7],
+        }),
     };
-    check(volume, "0a0161100218032004280530063a01674008480152016a5a016b600c680d700e");
+    check(
+        volume,
+        "0a0161100218032004280530063a01674008480152016a5a016b600c680d700ef0011ef8011f8002208a02170a090a0161100218032004100218032004280532020607",
+    );
     let session = Session {
         id: "a".into(),
         volume: "b".into(),
@@ -70,10 +88,11 @@ fn volumes_and_status() {
         blackout_last_us: 16,
         blackout_worst_us: 17,
         reissued: 18,
+        stalled: 30,
     };
     check(
         session,
-        "0a0161120162180320042a016530063a016742016848015206080110021803580b600c680d700e780f800110880111900112",
+        "0a0161120162180320042a016530063a016742016848015206080110021803580b600c680d700e780f800110880111900112f0011e",
     );
     let status = Status {
         version: "a".into(),
@@ -87,6 +106,60 @@ fn volumes_and_status() {
         shards: 9,
         last_death: "j".into(),
         resident_bytes: 11,
+        last_takeover: Some(Takeover {
+            kind: "a".into(),
+            generation: 2,
+            unix_ms: 3,
+            blackout_us: 4,
+        }),
+        takeovers: 31,
     };
-    check(status, "0a01611002180320042a016530013a004200480952016a580b");
+    check(
+        status,
+        "0a01611002180320042a016530013a004200480952016a580bf201090a0161100218032004f8011f",
+    );
+}
+
+#[test]
+fn upgrades() {
+    let start = StartUpgradeRequest {
+        operation_id: vec![1].into(),
+        kind: 2,
+        binary: "c".into(),
+        canary: "d".into(),
+        probation_ms: 5,
+    };
+    check(start, "0a010110021a01632201642805");
+    let server = |pid| admin::Server {
+        version: "a".into(),
+        binary: "b".into(),
+        pid,
+        generation: 4,
+    };
+    let upgrade = Upgrade {
+        operation_id: vec![1].into(),
+        kind: 1,
+        state: 3,
+        reason: "d".into(),
+        from: Some(server(3)),
+        to: Some(server(4)),
+        steps: vec![UpgradeStep { name: "a".into(), at_us: 2, duration_us: 3, detail: "d".into() }],
+        blackouts: vec![Blackout { volume: "a".into(), session: "b".into(), blackout_us: 3 }],
+        clients: vec![ClientSupport {
+            session: "a".into(),
+            volume: "b".into(),
+            client_pid: 3,
+            client_version: "d".into(),
+            layout_version: 5,
+            supported: true,
+            reason: "g".into(),
+        }],
+        probation_left_ms: 10,
+        started_ns: 11,
+    };
+    check(
+        upgrade,
+        "0a0101100118032201642a0a0a016112016218032004320a0a0161120162180420043a0a0a0161100218032201644208\
+         0a016112016218034a130a01611201621803220164280530013a0167500a580b",
+    );
 }
