@@ -146,7 +146,9 @@ pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(
     if let Some(notifier) = &assembly.holdings.notifier {
         notifier.ready();
     }
-    crate::metrics::note_phase("start", start.elapsed());
+    if seen.0 > 0 {
+        crate::metrics::note_phase("start", start.elapsed());
+    }
     crate::failpoint!("after-ready");
     server.resume_all(stored);
     assembly.serve(None)
