@@ -5,7 +5,7 @@
 //! first one. The hot path pays one clock read a batch and one comparison a completion.
 
 use std::sync::atomic::AtomicU32;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Relaxed, Release};
 
 use nebd_abi::{Epoch, Generation};
 
@@ -46,5 +46,7 @@ impl Meter {
         let header = core.region.header();
         header.blackout_last_us.store(blackout_us, Relaxed);
         header.blackout_worst_us.fetch_max(blackout_us, Relaxed);
+        // Last: who finds it finds the rest.
+        header.blackout_generation.store(generation.0, Release);
     }
 }

@@ -27,10 +27,10 @@ pub struct Config {
     pub file: File,
     /// The keeper.
     pub keeper: Keeper,
-    /// The metrics.
-    pub metrics: Metrics,
     /// Planned takeovers.
     pub upgrade: Upgrade,
+    /// The metrics.
+    pub metrics: Metrics,
 }
 
 /// Who may connect to the sockets; who may attach a volume is the volume's own business.
@@ -51,6 +51,8 @@ pub struct Access {
 pub struct Ring {
     /// Longest spin before a shard sleeps, in microseconds; 0 never spins.
     pub spin_us: u64,
+    /// Cores that all shards together may burn by spinning; 0 is no limit.
+    pub spin_cores_max: f64,
     /// Requests taken from one queue before the next queue has its turn.
     pub batch: u32,
     /// A request that its storage has not answered for this long raises an alarm.
@@ -76,6 +78,8 @@ pub struct Upgrade {
     /// How long requests at their storage are waited for while everything stands still; what takes
     /// longer holds back its own volume alone.
     pub freeze_ms: u64,
+    /// How long each step before may take, while the old server serves on.
+    pub step_timeout_ms: u64,
 }
 
 /// The keeper.
@@ -112,8 +116,8 @@ impl Default for Config {
             ring: Ring::default(),
             file: File::default(),
             keeper: Keeper::default(),
-            metrics: Metrics::default(),
             upgrade: Upgrade::default(),
+            metrics: Metrics::default(),
         }
     }
 }
@@ -126,7 +130,7 @@ impl Default for Access {
 
 impl Default for Ring {
     fn default() -> Self {
-        Ring { spin_us: 100, batch: 64, stall_alarm_ms: 10_000 }
+        Ring { spin_us: 100, spin_cores_max: 0.0, batch: 64, stall_alarm_ms: 10_000 }
     }
 }
 
@@ -138,7 +142,7 @@ impl Default for File {
 
 impl Default for Upgrade {
     fn default() -> Self {
-        Upgrade { freeze_ms: 5 }
+        Upgrade { freeze_ms: 5, step_timeout_ms: 60_000 }
     }
 }
 
@@ -193,6 +197,7 @@ impl Config {
             .map_err(|source| ConfigError::Parse { path: path.into(), source: source.into() })?;
         config.socket_mode()?;
         config.check_engine()?;
+        config.check_spinning()?;
         Ok(config)
     }
 
@@ -205,6 +210,18 @@ impl Config {
                 expected: "auto, io_uring or threads",
             }),
         }
+    }
+
+    fn check_spinning(&self) -> Result<(), ConfigError> {
+        let cores = self.ring.spin_cores_max;
+        if cores.is_finite() && cores >= 0.0 {
+            return Ok(());
+        }
+        Err(ConfigError::Value {
+            key: "ring.spin_cores_max",
+            value: cores.to_string(),
+            expected: "a number of cores, such as 0.5, or 0 for no limit",
+        })
     }
 
     /// Mode of the sockets.
@@ -273,6 +290,16 @@ mod tests {
         assert_eq!(listen, Some(([127, 0, 0, 1], 9150).into()));
         let message = load("[metrics]\nlisten = \"localhost\"\n").unwrap_err().to_string();
         assert!(message.contains("listen") && message.contains("line 2"), "{message}");
+    }
+
+    #[test]
+    fn a_spin_budget_is_a_number_of_cores() {
+        let ring = load("[ring]\nspin_cores_max = 0.5\n").unwrap().ring;
+        assert_eq!(ring, Ring { spin_cores_max: 0.5, ..Ring::default() });
+        for wrong in ["-1.0", "nan", "inf"] {
+            let message = load(&format!("[ring]\nspin_cores_max = {wrong}\n")).unwrap_err();
+            assert!(message.to_string().contains("ring.spin_cores_max"), "{message}");
+        }
     }
 
     #[test]

@@ -174,6 +174,20 @@ impl Control {
         }
     }
 
+    /// Goes on with connections of a predecessor.
+    pub fn adopt(&mut self, connections: Vec<(SessionId, OwnedFd)>) {
+        for (session, socket) in connections {
+            let key = self.new_key() | CONNECTION;
+            let Ok(connection) = Connection::adopted(socket, session) else { continue };
+            let data = epoll::EventData::new_u64(key);
+            if epoll::add(&self.epoll, connection.socket(), data, epoll::EventFlags::IN).is_ok() {
+                self.server.speakers().insert(session, connection.shared_socket());
+                self.speakers.insert(session, key);
+                self.connections.insert(key, connection);
+            }
+        }
+    }
+
     fn receive(&mut self, key: u64) {
         let Some(connection) = self.connections.get_mut(&key) else { return };
         match nebd_abi::socket::receive_from_stranger(connection.socket()) {
@@ -203,6 +217,7 @@ impl Control {
         if let Some(session) = connection.session() {
             if self.speakers.get(&session) == Some(&key) {
                 self.speakers.remove(&session);
+                self.server.speakers().remove(&session);
                 if let Some(session) = self.server.session(session) {
                     session.set_connected(false);
                 }
@@ -278,12 +293,16 @@ impl Control {
 
     fn notice(&mut self, notice: Notice) {
         match notice {
-            Notice::Live(session) => self.watch_peer(&session),
+            Notice::Live(session) => {
+                session.set_connected(self.speakers.contains_key(&session.id));
+                self.watch_peer(&session);
+            }
             Notice::Attached { connection, session } => {
                 if self.abandoned.remove(&connection) {
                     self.server.end_session(session);
                 } else if let Some(known) = self.connections.get_mut(&connection) {
                     known.set_session(Some(session));
+                    self.server.speakers().insert(session, known.shared_socket());
                     self.speakers.insert(session, connection);
                     if let Some(session) = self.server.session(session) {
                         session.set_connected(true);
@@ -308,6 +327,7 @@ impl Control {
                 if let Some((key, request)) = self.detaching.remove(&session) {
                     self.reply(key, request, &Message::Done);
                 }
+                self.server.speakers().remove(&session);
                 let speaker = self.speakers.remove(&session);
                 if let Some(speaker) = speaker.and_then(|key| self.connections.get_mut(&key)) {
                     speaker.set_session(None);

@@ -60,14 +60,17 @@ pub mod active {
         for armed in table.armed.iter().filter(|armed| armed.point == point) {
             let before = armed.left.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1));
             if before == Ok(1) {
-                table.disarm(armed);
-                fire(&armed.action);
+                // Another process that read the same line may have been there first.
+                if table.disarm(armed) {
+                    fire(&armed.action);
+                }
             }
         }
     }
 
     impl Table {
-        fn disarm(&self, armed: &Armed) {
+        /// False if the line was gone already.
+        fn disarm(&self, armed: &Armed) -> bool {
             let _guard = self.file.lock().unwrap_or_else(PoisonError::into_inner);
             let text = std::fs::read_to_string(&self.path).unwrap_or_default();
             let mut removed = false;
@@ -84,6 +87,7 @@ pub mod active {
                 .map(|line| format!("{line}\n"))
                 .collect();
             let _ = std::fs::write(&self.path, rest);
+            removed
         }
     }
 

@@ -15,6 +15,11 @@ const BARRIER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Pause between attempts while there is no keeper.
 const ORPHAN_PAUSE: Duration = Duration::from_millis(20);
 
+/// Bytes of all names in a service manager's store, separators included. They are passed in one
+/// environment variable, and execve refuses one of 128 KiB: the successor could not start at all.
+/// The rest is for the names of what is not in this store.
+const NAMES_BYTES_MAX: usize = 120 << 10;
+
 fn is_orphaned(error: &io::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotConnected, NotFound};
     matches!(
@@ -108,6 +113,13 @@ impl FdStore for ServerStore {
         // The lock is kept over the send, so that the keeper hears of changes in their order. Held
         // first, sent second: whatever a dying keeper missed is sent again to the next one.
         let mut held = self.held();
+        let is_bounded = self.notifier.as_ref().is_some_and(|notifier| !notifier.is_keeper());
+        if is_bounded && !held.contains_key(name) {
+            let bytes: usize = held.keys().map(|name| name.len() + 1).sum();
+            if bytes + name.len() >= NAMES_BYTES_MAX {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+        }
         held.insert(name.to_owned(), duplicate);
         self.note(name);
         match &self.notifier {

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nebd_abi::Generation;
 use nebd_abi::host::HostPage;
@@ -29,7 +30,9 @@ pub struct Holdings {
     /// Where the report of planned takeovers lies.
     pub state_dir: PathBuf,
     /// How long requests at their storage are waited for before a planned takeover.
-    pub freeze: std::time::Duration,
+    pub freeze: Duration,
+    /// How long each step before that may take.
+    pub step: Duration,
 }
 
 /// The lock of a server without a keeper: it goes to the successor with its description.

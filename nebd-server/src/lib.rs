@@ -34,4 +34,5 @@ mod jobs;
 mod memory_holder;
 mod quarantine;
 mod server;
+mod service_manager;
 mod shard;

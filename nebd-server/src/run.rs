@@ -36,8 +36,9 @@ use crate::fd_store::ServerStore;
 use crate::holdings::Holdings;
 use crate::registry::{Registry, RegistryError, host_major};
 use crate::server::{Server, ServerParts};
+use crate::service_manager::ServiceManager;
 use crate::session::MemoryQuota;
-use crate::shard::{EventSink, ShardContext};
+use crate::shard::{EventSink, ShardContext, SpinBudget};
 use crate::upgrade::{Probation, Report};
 
 /// The descriptor table's first size; 8 bytes each.
@@ -92,7 +93,7 @@ fn system<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> RunErro
 pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(), RunError> {
     prelude(config)?;
     let alone = inherited.host.is_none();
-    let lock = if alone { Some(lock(&config.state_dir)?.into()) } else { None };
+    let lock: Option<OwnedFd> = if alone { Some(lock(&config.state_dir)?.into()) } else { None };
     let host = match inherited.host.take() {
         Some(fd) => HostPage::open(fd),
         None => HostPage::create(),
@@ -109,12 +110,23 @@ pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(
     if let Some(predecessor) = inherited.predecessor.take() {
         confirm_death(&predecessor).map_err(system("confirm the predecessor's death"))?;
     }
+    let service_manager = ServiceManager::of(Notifier::from_env().map(Arc::new));
+    if let Some(service_manager) = &service_manager {
+        service_manager.record_death(&host);
+        if let Some(lock) = &lock {
+            let kept = service_manager.keep(&host, lock.as_fd());
+            kept.map_err(system("have the host page kept"))?;
+        }
+    }
     crate::failpoint!("before-claim");
     let Some(generation) = host.claim(seen) else {
         tracing::info!(%seen, "another server has taken over; this one is not needed");
         return Ok(());
     };
     crate::failpoint!("after-claim");
+    if let Some(service_manager) = &service_manager {
+        service_manager.note_owner().map_err(system("have the pidfd kept"))?;
+    }
     tracing::info!(%generation, pid = std::process::id(), standby, "taking over");
 
     let mode = config.socket_mode()?;
@@ -138,8 +150,8 @@ pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(
         },
     )?;
     let server = assembly.server.clone();
-    let death = assembly.host().death_of(seen);
-    crate::metrics::start(&*server.store, generation, crate::metrics::unplanned(seen, death));
+    let unplanned = crate::metrics::unplanned(seen, assembly.host().death_of(seen));
+    crate::metrics::start(&*server.store, generation, unplanned);
     *server.upgrades.report() = Report::load(&config.state_dir, &assembly.holdings.binary);
     let stored = server.reserve_stored();
     assembly.host().announce_probes(1 + server.shards.len());
@@ -151,7 +163,7 @@ pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(
     }
     crate::failpoint!("after-ready");
     server.resume_all(stored);
-    assembly.serve(None)
+    assembly.serve(config, None)
 }
 
 /// What comes before anything that could be owned.
@@ -187,8 +199,7 @@ pub(crate) struct Ingredients {
 pub(crate) struct Assembly {
     pub(crate) server: Arc<Server>,
     pub(crate) holdings: Arc<Holdings>,
-    config: Config,
-    control: Control,
+    pub(crate) control: Control,
     admin: OwnedFd,
     life: Option<OwnedFd>,
 }
@@ -204,8 +215,14 @@ pub(crate) fn assemble(config: &Config, given: Ingredients) -> Result<Assembly, 
         (nebd_keeper::names::ADMIN, given.admin.try_clone()),
         (nebd_keeper::names::HOST, host.fd().try_clone_to_owned()),
     ];
+    let given_probe = match (given.probe, ServiceManager::of(notifier.clone())) {
+        (None, Some(service_manager)) => {
+            service_manager.probe().map_err(system("make a doorbell"))?
+        }
+        (probe, _) => probe,
+    };
     let life = given.life.as_ref().map(|fd| (nebd_keeper::names::LIFE, fd.try_clone()));
-    let probe = given.probe.as_ref().map(|fd| (nebd_keeper::names::PROBE, fd.try_clone()));
+    let probe = given_probe.as_ref().map(|fd| (nebd_keeper::names::PROBE, fd.try_clone()));
     let lock = given.lock.map(|fd| (crate::holdings::LOCK, Ok(fd)));
     let fds = passed.into_iter().chain(life).chain(probe).chain(lock);
     let fds = fds.map(|(name, fd)| Ok((name, fd?))).collect::<io::Result<_>>();
@@ -218,6 +235,7 @@ pub(crate) fn assemble(config: &Config, given: Ingredients) -> Result<Assembly, 
         binary: std::env::current_exe().map_err(system("find this executable"))?,
         state_dir: config.state_dir.clone(),
         freeze: Duration::from_millis(config.upgrade.freeze_ms),
+        step: Duration::from_millis(config.upgrade.step_timeout_ms),
     });
 
     let doorbell = doorbell().map_err(system("make a doorbell"))?;
@@ -230,12 +248,11 @@ pub(crate) fn assemble(config: &Config, given: Ingredients) -> Result<Assembly, 
         doorbell,
         notices: notice_receiver,
         shard_events,
-        probe: given.probe,
+        probe: given_probe,
     };
     let control =
         Control::new(server.clone(), inputs).map_err(system("set up the control loop"))?;
-    let (config, admin, life) = (config.clone(), given.admin, given.life);
-    Ok(Assembly { server, holdings, config, control, admin, life })
+    Ok(Assembly { server, holdings, control, admin: given.admin, life: given.life })
 }
 
 impl Assembly {
@@ -256,25 +273,41 @@ impl Assembly {
         if let Some(notifier) = &self.holdings.notifier {
             notifier.ready();
         }
+        let service_manager = ServiceManager::of(self.holdings.notifier.clone());
+        if let Some(Err(error)) = service_manager.map(|manager| manager.note_owner()) {
+            tracing::warn!(%error, "the service manager does not have this server's pidfd");
+        }
         if let Err(error) = self.server.store.barrier() {
             tracing::warn!(%error, "the service manager has not confirmed the new server");
         }
     }
 
     /// Serves until the process ends, on probation if one is given.
-    pub(crate) fn serve(self, probation: Option<Probation>) -> Result<(), RunError> {
-        let Assembly { server, holdings, config, control, admin, life } = self;
-        let _admin = crate::admin::spawn(admin.into(), server.clone())
+    pub(crate) fn serve(
+        self,
+        config: &Config,
+        probation: Option<Probation>,
+    ) -> Result<(), RunError> {
+        let Assembly { server, holdings, control, admin, life } = self;
+        let admin = crate::admin::spawn(admin.into(), server.clone())
             .map_err(system("start the admin service"))?;
+        server.upgrades.set_admin(admin);
         // A service manager has no life pipe: it does not die before its services.
         if let (Some(notifier), Some(life)) = (&holdings.notifier, life) {
             watch_keeper(Reregister::new(notifier.clone(), life), holdings.clone())?;
         }
+        let service_manager = ServiceManager::of(holdings.notifier.clone());
+        let probe = holdings.fds.get(nebd_keeper::names::PROBE).map(|fd| fd.try_clone());
+        if let (Some(service_manager), Some(probe)) = (service_manager, probe) {
+            probe
+                .and_then(|probe| service_manager.give_signs_of_life(&holdings.host, probe))
+                .map_err(system("give signs of life"))?;
+        }
+        crate::metrics::endpoint::spawn(config, server.clone());
         crate::upgrade::spawn(&server, &holdings).map_err(system("start a thread"))?;
         if let Some(probation) = probation {
             probation.spawn(&server, &holdings).map_err(system("start a thread"))?;
         }
-        crate::metrics::endpoint::spawn(&config, server);
         control.run().map_err(system("wait for events"))
     }
 }
@@ -289,18 +322,21 @@ fn build(
     events: EventSink,
 ) -> Result<Server, RunError> {
     let lane = LaneConfig { io_uring: config.file.engine != "threads", ..LaneConfig::default() };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let shard_count = if config.shards == 0 { cores } else { config.shards };
+    let shard_count = shard_count.min(nebd_abi::host::PROBES_MAX - 1);
     let context = ShardContext {
         host: host.clone(),
         generation,
         lane,
         spin: Duration::from_micros(config.ring.spin_us),
+        spin_budget: SpinBudget::of(config.ring.spin_cores_max, shard_count),
         batch: config.ring.batch.max(1),
         stall_alarm: Duration::from_millis(config.ring.stall_alarm_ms),
         events,
+        beacons: crate::shard::beacons(shard_count),
     };
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let shard_count = if config.shards == 0 { cores } else { config.shards };
-    let shards = (0..shard_count.min(nebd_abi::host::PROBES_MAX - 1))
+    let shards = (0..shard_count)
         .map(|index| crate::shard::spawn(index, context.clone()))
         .collect::<io::Result<Vec<_>>>()
         .map_err(system("start a shard"))?;

@@ -12,6 +12,7 @@ mod operator;
 mod status;
 
 use std::collections::{BTreeSet, HashMap};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -63,6 +64,8 @@ pub struct Server {
     /// When it started.
     pub started: Instant,
     sessions: Mutex<HashMap<SessionId, Entry>>,
+    /// The connections that speak for sessions; a successor gets them.
+    speakers: Mutex<HashMap<SessionId, Arc<OwnedFd>>>,
     next_shard: AtomicUsize,
     quarantine: Mutex<Quarantine>,
     resize: Mutex<()>,
@@ -116,6 +119,7 @@ impl Server {
             volumes: VolumeTable::default(),
             started: Instant::now(),
             sessions: Mutex::default(),
+            speakers: Mutex::default(),
             next_shard: AtomicUsize::new(0),
             quarantine: Mutex::default(),
             resize: Mutex::default(),
@@ -127,6 +131,11 @@ impl Server {
 
     fn entries(&self) -> MutexGuard<'_, HashMap<SessionId, Entry>> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The connections that speak for sessions.
+    pub(crate) fn speakers(&self) -> MutexGuard<'_, HashMap<SessionId, Arc<OwnedFd>>> {
+        self.speakers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Volumes that were prepared and not opened yet.

@@ -11,6 +11,7 @@
 //! What dies at any point of a pass is found again by the successor: a popped request is still in
 //! its slot, a finished one without a published completion is issued again.
 
+mod fair;
 mod freeze;
 mod queue;
 mod ringer;
@@ -32,17 +33,22 @@ use nebd_backend::{Done, Lane, LaneConfig, Mailbox};
 use rustix::event::{Timespec, epoll};
 
 use crate::session::Session;
+pub use fair::{Beacon, beacons};
+use fair::{Fair, Share};
 use freeze::Frozen;
 pub(crate) use freeze::monotonic_ns;
 pub use freeze::{Freeze, FreezeEvent};
 use queue::{QueueTask, Served};
 use ringer::Ringer;
 use spin::Spin;
+pub use spin::SpinBudget;
 
 /// How often a shard with requests in flight shows that it lives.
 const HEARTBEAT: Duration = Duration::from_millis(250);
-/// Passes between looks at the doorbells while busy.
+/// Passes between looks at the doorbells while busy, and bytes: with large requests a few passes
+/// may take as long as a newcomer should wait.
 const PASSES_PER_POLL: u32 = 16;
+const BYTES_PER_POLL: u64 = 4 << 20;
 /// `data` of the lane's descriptors in epoll.
 const LANE_KEY: u64 = u64::MAX;
 
@@ -139,12 +145,16 @@ pub struct ShardContext {
     pub lane: LaneConfig,
     /// Longest spin.
     pub spin: Duration,
+    /// What each shard may spin in all.
+    pub spin_budget: SpinBudget,
     /// Requests a queue may have at a turn.
     pub batch: u32,
     /// When a request at the backend raises an alarm.
     pub stall_alarm: Duration,
     /// Where events go.
     pub events: EventSink,
+    /// What shards tell each other about who is present.
+    pub beacons: Arc<[Beacon]>,
 }
 
 /// The way to a running shard.
@@ -194,6 +204,10 @@ struct Shard {
     active: Vec<usize>,
     /// Keys of queues whose volumes' limits are used up, and until when.
     throttled: Vec<(Instant, usize)>,
+    /// Who is present, and what each may have.
+    fair: Fair,
+    /// Bytes that were asked for since the last look at the doorbells.
+    moved: u64,
     /// Requests at the backend, over all queues.
     in_flight: usize,
     done: Vec<Done>,
@@ -213,6 +227,8 @@ impl Shard {
             epoll::add(&epoll, fd, epoll::EventData::new_u64(LANE_KEY), flags)?;
         }
         Ok(Shard {
+            fair: Fair::new(index, context.beacons.clone()),
+            moved: 0,
             index,
             context,
             lane,
@@ -233,12 +249,14 @@ impl Shard {
     }
 
     fn run(&mut self) {
-        let mut spin = Spin::new(self.context.spin);
+        let mut spin = Spin::new(self.context.spin, self.context.spin_budget);
         let mut passes = 0u32;
         loop {
             let busy = self.pass();
             passes = passes.wrapping_add(1);
-            if passes.is_multiple_of(PASSES_PER_POLL) {
+            if passes.is_multiple_of(PASSES_PER_POLL) || self.moved >= BYTES_PER_POLL {
+                self.moved = 0;
+                self.look();
                 self.poll(Some(Duration::ZERO));
                 self.beat();
             }
@@ -247,6 +265,12 @@ impl Shard {
             } else if self.frozen.is_some() || !spin.again() {
                 self.sleep();
             }
+        }
+    }
+
+    fn look(&mut self) {
+        if self.fair.wants_look() {
+            self.fair.look(monotonic_ns());
         }
     }
 
@@ -263,11 +287,13 @@ impl Shard {
             return self.seal_if_due() | reaped | busy;
         }
         self.resume_throttled(false);
+        self.fair.begin_round();
         let mut at = 0;
         while at < self.active.len() {
             let key = self.active[at];
             let served = self.serve(key);
-            busy |= matches!(served, Served::Some);
+            let has_taken = matches!(served, Served::Some | Served::Throttled(_));
+            busy |= matches!(served, Served::Some | Served::Owes);
             // A queue that was drained just now is gone from the list already.
             let still_here = self.active.get(at) == Some(&key);
             match served {
@@ -279,6 +305,17 @@ impl Shard {
                 _ if still_here => at += 1,
                 _ => {}
             }
+            if has_taken && self.fair.is_shared() {
+                // Its answers must not wait for the turns of the others.
+                self.lane.take_answered(&mut self.done);
+                if !self.done.is_empty() {
+                    self.publish();
+                }
+            }
+        }
+        if self.fair.is_shared() && !self.active.is_empty() {
+            // Each queue is the first of its session in some round, and so has of its balance.
+            self.active.rotate_left(1);
         }
         self.lane.flush();
         self.reap() | busy
@@ -290,7 +327,7 @@ impl Shard {
             return Served::Asleep;
         };
         let before = task.in_flight_count;
-        let served = task.serve(&mut self.lane, &self.context);
+        let served = task.serve(&mut self.lane, &self.context, &mut self.fair, &mut self.moved);
         self.in_flight += task.in_flight_count - before;
         match served {
             Ok(served) => served,
@@ -487,7 +524,8 @@ impl Shard {
             // the same while the shard is awake.
             tracing::error!(session = %id.0, %error, "cannot watch a doorbell");
         }
-        let mut task = QueueTask::new(key, setup, self.ringer.clone());
+        let share = self.share(setup.session.id);
+        let mut task = QueueTask::new(key, setup, self.ringer.clone(), share);
         if task.session.is_draining() {
             // Its client died before it was served; the command to drain may have come too early.
             task.drain();
@@ -498,6 +536,13 @@ impl Shard {
         self.by_session.insert(id, key);
         self.activate(key);
         self.finish_if_drained(key);
+    }
+
+    /// What all queues of a session on this shard share.
+    fn share(&self, session: SessionId) -> Rc<Share> {
+        let mut tasks = self.queues.iter().flatten();
+        let sibling = tasks.find(|task| task.session.id == session);
+        sibling.map_or_else(|| Share::new(session), |task| task.share.clone())
     }
 
     fn activate(&mut self, key: usize) {
@@ -536,18 +581,24 @@ impl Shard {
             self.lane.wake();
             return;
         }
-        let asleep = self
-            .active
-            .iter()
-            .all(|key| self.queues[*key].as_ref().is_none_or(|task| task.ring.sleep()));
+        // Whose session is full is no reason to be awake, whatever its ring holds, and needs no
+        // doorbell: an answer of its own wakes the shard.
+        let is_full = |fair: &Fair, task: &QueueTask| fair.is_full(&task.share);
+        let asleep = self.active.iter().all(|key| {
+            let task = self.queues[*key].as_ref();
+            task.is_none_or(|task| is_full(&self.fair, task) || task.ring.sleep())
+        });
         if asleep && self.lane.sleep() && self.commands.is_empty() {
-            for key in std::mem::take(&mut self.active) {
-                if let Some(task) = self.queues[key].as_mut() {
-                    task.active = false;
-                }
-            }
+            self.active.retain(|key| {
+                let task = self.queues[*key].as_mut();
+                task.is_some_and(|task| {
+                    task.active = is_full(&self.fair, task);
+                    task.active
+                })
+            });
             self.poll(self.patience());
             self.lane.wake();
+            self.look();
             self.beat();
         } else {
             self.lane.wake();

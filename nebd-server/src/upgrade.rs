@@ -22,7 +22,7 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, Sender};
 use nebd_rpc::admin::{StartUpgradeRequest, Upgrade, UpgradeKind, UpgradeState};
 
-use crate::admin::AdminError;
+use crate::admin::{AdminError, AdminHandle};
 use crate::holdings::Holdings;
 use crate::server::Server;
 pub use candidate::run as run_candidate;
@@ -43,11 +43,23 @@ pub struct Order {
 pub struct Upgrades {
     report: Mutex<Report>,
     orders: OnceLock<Sender<Order>>,
+    /// Stopped when this server has handed over: whoever calls then is to reach the new one.
+    admin: Mutex<Option<AdminHandle>>,
 }
 
 impl Upgrades {
     pub(crate) fn report(&self) -> MutexGuard<'_, Report> {
         self.report.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The service to stop when this server has handed over.
+    pub(crate) fn set_admin(&self, admin: AdminHandle) {
+        *self.admin.lock().unwrap_or_else(PoisonError::into_inner) = Some(admin);
+    }
+
+    fn stop_admin(&self) {
+        let admin = self.admin.lock().unwrap_or_else(PoisonError::into_inner).take();
+        admin.into_iter().for_each(AdminHandle::stop);
     }
 
     /// What `nebdctl` is told.

@@ -183,10 +183,11 @@ def fio(target, op, block_size, depth, seconds, server=None):
 class Peer:
     """What the case is measured beside."""
 
-    def __init__(self, kind, directory):
+    def __init__(self, kind, directory, image):
         self.server = self.driver = None
         self.socket = socket = os.path.join(directory, "peer.sock")
-        image = os.path.join(directory, "peer.img")
+        # fio works on the very file of our volume: where a file lies changes what a disk does.
+        image = image if kind == "fio" else os.path.join(directory, "peer.img")
         if kind == "nbdkit":
             self.server = subprocess.Popen(
                 ["nbdkit", "--foreground", "--unix", socket, "memory", f"{SIZE_MIB}M"])
@@ -196,7 +197,7 @@ class Peer:
             export = f"type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={socket},writable=on"
             self.server = subprocess.Popen(
                 ["qemu-storage-daemon", "--blockdev", node, "--export", export])
-        else:
+        elif kind == "qemu-nbd":
             # Written once, so that reads meet allocated blocks, as on our side.
             subprocess.run(["dd", "if=/dev/urandom", f"of={image}", "bs=1M", f"count={SIZE_MIB}"],
                            check=True, stderr=subprocess.DEVNULL)
@@ -249,7 +250,7 @@ def run_case(case, pairs, seconds):
             return report(name, kind, [
                 (ours.run_api(depth, seconds, True), ours.run_api(depth, seconds, False))
                 for _ in range(pairs)])
-        peer = Peer(kind, directory)
+        peer = Peer(kind, directory, os.path.join(ours.state, "images", "bench.img"))
         # Fill, so that both sides read what was written.
         ours.run("write", 1 << 20, 8, 2)
         if kind == "nbdkit":

@@ -12,6 +12,7 @@
 mod kill;
 mod power;
 mod summary;
+mod takeover;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
@@ -32,6 +33,7 @@ use crate::workload::Mix;
 pub use kill::{Kill, KillParseError};
 pub use power::run_power_cuts;
 pub use summary::{Blackouts, Summary};
+pub use takeover::{ACTIONS, CANDIDATE_POINTS, OWNER_POINTS};
 
 /// What a campaign does.
 #[derive(Clone, Debug)]
@@ -177,6 +179,7 @@ impl Campaign {
         host_config.file_engine = config.file_engine;
         host_config.hang_timeout_ms = config.hang_timeout_ms;
         host_config.environment = config.environment.clone();
+        host_config.step_timeout_ms = takeover::STEP_TIME_MAX.as_millis() as u64;
         host_config.core_dumps = config.kinds.contains(&Kill::SIGSEGV);
         let mut store = None;
         if config.backend == "fence-test" {
@@ -231,6 +234,9 @@ impl Campaign {
 
     /// One kill, and what comes after it.
     pub fn kill(&mut self, kind: &Kill) -> Result<(), CampaignError> {
+        if kind.is_takeover() {
+            return self.takeover(kind);
+        }
         std::thread::sleep(Duration::from_millis(self.dice.below(self.config.pause_ms_max)));
         self.wait_for_writes()?;
         self.reset_gaps();
@@ -254,6 +260,8 @@ impl Campaign {
     fn strike(&mut self, kind: &Kill, victim: i32) -> Result<bool, CampaignError> {
         match kind {
             Kill::Signal(signal) => self.kill_victim(victim, *signal)?,
+            // Of `takeover`.
+            Kill::Takeover | Kill::TakeoverBy(_) => return Ok(false),
             Kill::StopAndContinue => {
                 self.host.signal(victim, Signal::SIGSTOP)?;
                 std::thread::sleep(Duration::from_millis(self.config.hang_timeout_ms / 8));

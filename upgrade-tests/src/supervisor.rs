@@ -134,6 +134,8 @@ pub struct HostConfig {
     pub shards: u32,
     /// Environment of the keeper and its servers.
     pub environment: Vec<(String, String)>,
+    /// How long a step of a planned takeover may take, in milliseconds.
+    pub step_timeout_ms: u64,
     /// Let a crash write a core dump (into the temporary directory).
     pub core_dumps: bool,
 }
@@ -148,6 +150,7 @@ impl HostConfig {
             file_engine: "auto",
             shards: 0,
             environment: Vec::new(),
+            step_timeout_ms: 60_000,
             core_dumps: false,
         }
     }
@@ -161,8 +164,8 @@ impl HostConfig {
     fn toml(&self) -> String {
         format!(
             "shards = {}\n[file]\nengine = \"{}\"\n[keeper]\nstandby = {}\nhang_timeout_ms = {}\n\
-             backoff_min_ms = 1\nbackoff_max_ms = 200\n",
-            self.shards, self.file_engine, self.standby, self.hang_timeout_ms
+             backoff_min_ms = 1\nbackoff_max_ms = 200\n[upgrade]\nstep_timeout_ms = {}\n",
+            self.shards, self.file_engine, self.standby, self.hang_timeout_ms, self.step_timeout_ms
         )
     }
 }

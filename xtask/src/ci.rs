@@ -13,6 +13,7 @@ use crate::c_example::{self, CExampleArgs};
 use crate::cargo::{self, Profile, cargo, cargo_nightly};
 use crate::curve_example;
 use crate::hypervisors::{self, HypervisorsArgs};
+use crate::systemd::{self, GuestArgs};
 
 /// Which steps.
 #[derive(Args)]
@@ -47,10 +48,11 @@ const fn step(name: &'static str, run: fn(&CiArgs) -> Result<Ran>) -> Step {
 }
 
 /// The cheap ones first; those that need another toolchain or target directory last.
-const STEPS: [Step; 14] = [
+const STEPS: [Step; 16] = [
     step("packages", packages),
     step("fmt", fmt),
     step("tidy", tidy),
+    step("systemd", systemd),
     step("clippy", clippy),
     step("clippy-test-hooks", clippy_test_hooks),
     step("test", test),
@@ -58,6 +60,7 @@ const STEPS: [Step; 14] = [
     step("c-example", c_example),
     step("curve-example", curve_example),
     step("hypervisors", hypervisors),
+    step("systemd-guest", systemd_guest),
     step("loom", loom),
     step("address-sanitizer", address_sanitizer),
     step("fuzz", fuzz),
@@ -65,13 +68,15 @@ const STEPS: [Step; 14] = [
 ];
 
 /// What tests run, and the Debian package that has it.
-const PACKAGES: [(&str, &str); 6] = [
+const PACKAGES: [(&str, &str); 7] = [
     ("cc", "gcc"),
     ("c++", "g++"),
     ("readelf", "binutils"),
     ("pkg-config", "pkg-config"),
     ("mkfs.ext4", "e2fsprogs"),
     ("strace", "strace"),
+    // Without systemd-sysv: nothing makes it an init here.
+    ("systemd-analyze", "systemd"),
 ];
 
 /// Runs the chosen steps; fails with the name of the one that failed.
@@ -221,6 +226,21 @@ fn curve_example(_: &CiArgs) -> Result<Ran> {
 fn hypervisors(_: &CiArgs) -> Result<Ran> {
     let args = HypervisorsArgs { guest_seconds: 12, profile: Profile::Dev };
     Ok(match hypervisors::run(&args)? {
+        Some(reason) => Ran::No(reason),
+        None => Ran::Yes,
+    })
+}
+
+fn systemd(_: &CiArgs) -> Result<Ran> {
+    Ok(match systemd::units::verify()? {
+        Some(reason) => Ran::No(reason),
+        None => Ran::Yes,
+    })
+}
+
+fn systemd_guest(_: &CiArgs) -> Result<Ran> {
+    let args = GuestArgs { profile: Profile::Dev, patience: 420, programs: None };
+    Ok(match systemd::run_guest(&args)? {
         Some(reason) => Ran::No(reason),
         None => Ran::Yes,
     })

@@ -10,6 +10,7 @@
 //!  libnebd.h ─────────────► include/nebd/libnebd.h, and a link include/libnebd.h
 //!  nebd.pc.in + what rustc says it needs ────────────────────────► lib/pkgconfig/nebd.pc
 //!  nebd-rbd ─► install_rbd.rs ───────────────────────────────────► lib/nebd/rbd/
+//!  systemd/ ─► systemd/units.rs ─────────────────────────────────► lib/systemd/system/, /etc/nebd/
 //!  nebd-server, nebdctl ──► bin/, man pages and completions by nebdctl itself
 //! ```
 //!
@@ -32,6 +33,7 @@ use clap::Args;
 
 use crate::cargo::{self, Profile, cargo};
 use crate::install_rbd;
+use crate::systemd;
 
 /// The headers, and the version node of the functions that each declares.
 const INTERFACES: [(&str, &str); 2] = [("nebd.h", "NEBD_0.1"), ("libnebd.h", "NEBD_CURVE_1.0")];
@@ -81,6 +83,9 @@ pub fn run(args: &InstallArgs) -> Result<Installed> {
     let library = install_library(args, &root, &prefix)?;
     install_rbd::run(args.profile, args.keep_debug, &library.lib_dir)?;
     let bin_dir = if args.library_only { None } else { Some(install_programs(args, &root)?) };
+    if !args.library_only {
+        systemd::units::install(&prefix, args.destdir.as_deref())?;
+    }
     println!("installed under {}", root.display());
     Ok(Installed { bin_dir, ..library })
 }
@@ -303,7 +308,8 @@ pub fn place(from: &Path, to: &Path, mode: u32) -> Result<()> {
     write(to, &content, mode)
 }
 
-fn write(to: &Path, content: &[u8], mode: u32) -> Result<()> {
+/// Writes a file by a rename.
+pub fn write(to: &Path, content: &[u8], mode: u32) -> Result<()> {
     let directory = to.parent().context("a file to install has no directory")?;
     fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
     let mut unfinished = to.as_os_str().to_owned();

@@ -1,5 +1,5 @@
 //! The project's chores: `cargo xtask ci | tidy | demo | install | c-example | curve-example |
-//! hypervisors`.
+//! hypervisors | systemd-guest`.
 
 mod c_example;
 mod cargo;
@@ -9,6 +9,7 @@ mod demo;
 mod hypervisors;
 mod install;
 mod install_rbd;
+mod systemd;
 mod tidy;
 
 use std::path::{Path, PathBuf};
@@ -35,6 +36,8 @@ enum Chore {
     CurveExample(c_example::CExampleArgs),
     /// The commands of docs/hypervisors.md, a guest among them, while their server is killed.
     Hypervisors(hypervisors::HypervisorsArgs),
+    /// The units under a systemd that is the init of a guest, while their server is killed.
+    SystemdGuest(systemd::GuestArgs),
 }
 
 fn main() -> ExitCode {
@@ -55,11 +58,14 @@ fn run(chore: Chore) -> Result<()> {
         Chore::Install(args) => install::run(&args).map(|_| ()),
         Chore::CExample(args) => c_example::run(&args),
         Chore::CurveExample(args) => curve_example::run(&args),
-        Chore::Hypervisors(args) => match hypervisors::run(&args)? {
-            Some(reason) => anyhow::bail!("not possible here: {reason}"),
-            None => Ok(()),
-        },
+        Chore::Hypervisors(args) => possible(hypervisors::run(&args)?),
+        Chore::SystemdGuest(args) => possible(systemd::run_guest(&args)?),
     }
+}
+
+/// What was asked for by name is not skipped.
+fn possible(reason: Option<String>) -> Result<()> {
+    reason.map_or(Ok(()), |reason| anyhow::bail!("not possible here: {reason}"))
 }
 
 /// The workspace's directory: the parent of this crate's. `cargo run` says where that is now; two

@@ -57,6 +57,11 @@ impl Notifier {
         Ok(Notifier { socket, address, path, keeper })
     }
 
+    /// Whether a keeper of ours listens, and not a service manager.
+    pub fn is_keeper(&self) -> bool {
+        self.keeper
+    }
+
     /// The socket, which never becomes readable.
     pub(crate) fn socket_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
@@ -75,6 +80,11 @@ impl Notifier {
     /// Going away on purpose.
     pub fn stopping(&self) {
         self.tell("STOPPING=1");
+    }
+
+    /// A sign of life, for a service manager's watchdog.
+    pub fn alive(&self) {
+        self.tell("WATCHDOG=1");
     }
 
     /// A line for the operator. Lost rather than waited for.

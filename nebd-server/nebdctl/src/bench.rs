@@ -70,6 +70,8 @@ struct Report {
     blackout_ms_max: f64,
     /// Over the sessions, each with its longest.
     blackout_ms_p99: f64,
+    /// The same, of half of the sessions.
+    blackout_ms_p50: f64,
     errors: u64,
     mismatches: u64,
     cpu_s: CpuS,
@@ -314,6 +316,7 @@ fn report(
         },
         blackout_ms_max: blackout_ms(1.0),
         blackout_ms_p99: blackout_ms(0.99),
+        blackout_ms_p50: blackout_ms(0.50),
         errors: tally.errors,
         mismatches: tally.mismatches,
         cpu_s: CpuS { client: round(cpu_s.client), server: cpu_s.server.map(round) },

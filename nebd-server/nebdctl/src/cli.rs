@@ -1,5 +1,7 @@
 //! The command line.
 
+pub mod upgrade;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -42,6 +44,18 @@ pub enum Command {
     Volume(VolumeCommand),
     /// Show the server, its sessions and queues, and the blackouts their clients saw
     Status(OutputArgs),
+    /// Replace the server under its clients, and go back by itself if that does not go well
+    ///
+    /// The new server is started beside the present one, is handed everything, opens and reads each
+    /// volume, and only then takes over, within milliseconds. Whatever goes wrong before that leaves
+    /// the present server serving. Prints each step as it happens: when, what, how long. Needs root.
+    #[command(after_help = upgrade::HELP)]
+    Upgrade(upgrade::UpgradeArgs),
+    /// Go back to the server that served before; ends a probation at once
+    ///
+    /// A planned takeover too, by the binary that was replaced. Needs root.
+    #[command(after_help = upgrade::HELP)]
+    Rollback(OutputArgs),
     /// Watch what goes on in each volume, again every second
     ///
     /// q or Ctrl-C ends it. Latencies are the server's, from a request's being taken from the ring
@@ -59,6 +73,9 @@ pub enum Command {
     /// Starts a keeper and a server of its own in a temporary directory, puts a file system on one
     /// volume and stamped blocks on another, and kills the server with SIGKILL while writes are in
     /// flight. Needs no configuration, takes less than a minute, and removes what it made.
+    ///
+    /// With --upgrade the server is replaced in turn by a planned upgrade, by one that is refused, by
+    /// one that fails on the way and is rolled back, and by a SIGKILL.
     #[command(after_help = EXIT_CODES)]
     Demo(DemoArgs),
     /// Print the completion script for a shell
@@ -399,11 +416,14 @@ pub struct DemoArgs {
     /// File system image to put on the volume; a copy is used [default: an ext4 made on the spot]
     #[arg(long, value_name = "FILE")]
     pub image: Option<PathBuf>,
+    /// Show planned upgrades, good and bad ones, and one SIGKILL
+    #[arg(long, conflicts_with = "kills")]
+    pub upgrade: bool,
     /// How often to kill the server
     #[arg(long, value_name = "N", default_value_t = 10,
           value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub kills: u32,
-    /// Seconds to spread the kills over
+    /// Seconds to spread the kills, or the upgrades, over
     #[arg(long, value_name = "SECONDS", default_value_t = 15,
           value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub seconds: u64,
@@ -454,7 +474,11 @@ mod tests {
             "nebdctl top --once --json --interval 0.2",
             "nebdctl bench --volume null:a --op randwrite --block-size 4k --iodepth 8 --queues 2 \
              --seconds 1 --verify --poll --json",
+            "nebdctl upgrade --binary x --canary file:x --probation 90s --dry-run --json --no-wait",
+            "nebdctl upgrade --check --json --socket /tmp/s",
+            "nebdctl rollback --json",
             "nebdctl demo --kills 3 --no-standby --json",
+            "nebdctl demo --upgrade --seconds 8 --json",
             "nebdctl completions bash",
         ] {
             Cli::try_parse_from(line.split_whitespace()).unwrap();

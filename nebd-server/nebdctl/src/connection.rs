@@ -6,6 +6,7 @@
 use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use hyper_util::rt::TokioIo;
@@ -29,6 +30,8 @@ pub struct Connection {
     runtime: tokio::runtime::Runtime,
     socket: PathBuf,
     timeout: Duration,
+    /// Once the server was there, its absence is taken for a restart.
+    seen: AtomicBool,
 }
 
 /// Why one try gave no answer.
@@ -44,7 +47,7 @@ impl Connection {
             tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         let mut admin = socket.as_os_str().to_owned();
         admin.push(".admin");
-        Ok(Connection { runtime, socket: admin.into(), timeout })
+        Ok(Connection { runtime, socket: admin.into(), timeout, seen: AtomicBool::new(false) })
     }
 
     /// Makes a call; `call` may run several times, so it keeps its operation id.
@@ -53,25 +56,23 @@ impl Connection {
         F: Future<Output = Result<Response<A>, Status>>,
     {
         let deadline = Instant::now() + self.timeout;
-        // Once the server was there, its absence is taken for a restart.
-        let mut seen = false;
         let mut last = None;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let attempt = self.attempt(&call, &mut seen);
-            let broken = match self
-                .runtime
-                .block_on(async { tokio::time::timeout(left, attempt).await })
-            {
-                Ok(Ok(answer)) => return Ok(answer),
-                Ok(Err(Broken::Call(status))) if !is_passing(&status) => {
-                    return Err(refused(status));
-                }
-                Ok(Err(Broken::Connect(source))) if !seen => return Err(self.unreachable(source)),
-                Ok(Err(Broken::Call(status))) => status.message().to_owned(),
-                Ok(Err(Broken::Connect(error))) => error.to_string(),
-                Err(_) => return Err(self.silent(last)),
-            };
+            let attempt = self.attempt(&call);
+            let broken =
+                match self.runtime.block_on(async { tokio::time::timeout(left, attempt).await }) {
+                    Ok(Ok(answer)) => return Ok(answer),
+                    Ok(Err(Broken::Call(status))) if !is_passing(&status) => {
+                        return Err(refused(status));
+                    }
+                    Ok(Err(Broken::Connect(source))) if !self.seen.load(Relaxed) => {
+                        return Err(self.unreachable(source));
+                    }
+                    Ok(Err(Broken::Call(status))) => status.message().to_owned(),
+                    Ok(Err(Broken::Connect(error))) => error.to_string(),
+                    Err(_) => return Err(self.silent(last)),
+                };
             last = Some(broken);
             if Instant::now() + RETRY >= deadline {
                 return Err(self.silent(last));
@@ -80,16 +81,12 @@ impl Connection {
         }
     }
 
-    async fn attempt<A, F>(
-        &self,
-        call: impl Fn(AdminClient<Channel>) -> F,
-        seen: &mut bool,
-    ) -> Result<A, Broken>
+    async fn attempt<A, F>(&self, call: impl Fn(AdminClient<Channel>) -> F) -> Result<A, Broken>
     where
         F: Future<Output = Result<Response<A>, Status>>,
     {
         let stream = UnixStream::connect(&self.socket).await.map_err(Broken::Connect)?;
-        *seen = true;
+        self.seen.store(true, Relaxed);
         // The connector is asked once; a second time would mean that the connection broke.
         let stream = std::sync::Mutex::new(Some(TokioIo::new(stream)));
         let connector = tower::service_fn(move |_: tonic::codegen::http::Uri| {
@@ -151,6 +148,10 @@ fn is_passing(status: &Status) -> bool {
 
 fn refused(status: Status) -> Failure {
     let message = match status.message() {
+        // An error of the server's own has words; this is what a router says of an unknown path.
+        "" if status.code() == Code::Unimplemented => {
+            "the server does not know this call: it is older than this nebdctl".to_owned()
+        }
         "" => format!("the server refused: {}", status.code()),
         message => message.to_owned(),
     };

@@ -7,12 +7,17 @@
 //!   volume file:stamps  stamped blocks: each read is judged             ┘ a thread each
 //!   then: every block read once more, the image compared, e2fsck -fn
 //! ```
+//!
+//! With `--upgrade` the server is not only killed, see [`upgrades`].
 
+mod candidate;
 mod disk;
+mod event;
 mod image;
 mod load;
 pub mod process;
 mod stage;
+mod upgrades;
 
 use std::fmt::Write as _;
 use std::fs::File;
@@ -20,7 +25,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, anyhow};
+use anyhow::Context as _;
 use nebd_upgrade_tests::client_device::{AttachOptions, ClientDevice};
 use nebd_upgrade_tests::timeline::Timeline;
 use serde::Serialize;
@@ -29,33 +34,21 @@ use crate::bench::failed;
 use crate::cli::DemoArgs;
 use crate::failure::Failure;
 use crate::table::Table;
-use crate::units::{Count, Micros};
+use crate::units::Count;
 use crate::view;
 use disk::Disk;
+use event::{Event, Events, Kind};
 use image::{Check, Image};
 use load::{Load, Loaded};
 use process::is_interrupted;
 use stage::Stage;
 
-/// A kill that meets fewer writes in flight is made again.
-const WRITES_MIN: u64 = 8;
 /// Size of the volume of stamped blocks.
 const STAMPS_BYTES: u64 = 32 << 20;
 /// Requests that a volume takes at a time.
 const DEPTH: u32 = 32;
-/// How long to wait for enough writes in flight, and for completions after a kill.
-const LOAD_LIMIT: Duration = Duration::from_secs(20);
 /// A Unix socket's path is at most this long, less the names that the demo appends.
 const SOCKET_DIRECTORY_MAX: usize = 80;
-
-/// One kill.
-#[derive(Clone, Debug, Serialize)]
-struct Event {
-    kind: &'static str,
-    blackout_ms: f64,
-    pid: u32,
-    writes_in_flight: u32,
-}
 
 /// The result.
 #[derive(Debug, Serialize)]
@@ -68,6 +61,8 @@ struct Report {
     standby: bool,
     image: String,
     filesystem: Check,
+    /// Between two completions on a volume, while nothing happened to the server.
+    gap_quiet_ms_max: f64,
     events: Vec<Event>,
 }
 
@@ -121,7 +116,12 @@ fn perform(stage: &Stage, args: &DemoArgs, image: Image) -> Result<(Report, Vec<
     let export = File::create_new(&exported).context("cannot make the exported image")?;
     let begun = Instant::now();
     let load = Load::start(disk, open("file:stamps")?, export, timeline.clone())?;
-    let killed = kill_all(stage, args, &load, &timeline);
+    let mut events = Events::new(stage, &load, &timeline);
+    let happened = match args.upgrade {
+        true => upgrades::run(&mut events, args.seconds),
+        false => kill_all(&mut events, args),
+    };
+    let (events, gap_quiet_ms_max) = events.into_list();
     let seconds = begun.elapsed().as_secs_f64();
     let requests_timed: u64 = load.completions().iter().sum();
     say(format_args!("reading everything once more"));
@@ -129,7 +129,7 @@ fn perform(stage: &Stage, args: &DemoArgs, image: Image) -> Result<(Report, Vec<
     if is_interrupted() {
         return Err(Failure::Interrupted);
     }
-    let events = killed?;
+    happened?;
     let filesystem = image::check(&exported)?;
     let (mut errors, mismatches, mut problems) = judge(&loaded);
     if filesystem == Check::Damaged {
@@ -145,6 +145,7 @@ fn perform(stage: &Stage, args: &DemoArgs, image: Image) -> Result<(Report, Vec<
         standby: !args.no_standby,
         image: image.description,
         filesystem,
+        gap_quiet_ms_max,
         events,
     };
     Ok((report, problems))
@@ -160,83 +161,12 @@ fn judge(loaded: &Loaded) -> (u64, u64, Vec<String>) {
 }
 
 /// Kills the server as often as asked, evenly over the time.
-fn kill_all(
-    stage: &Stage,
-    args: &DemoArgs,
-    load: &Load,
-    timeline: &Timeline,
-) -> Result<Vec<Event>, Failure> {
+fn kill_all(events: &mut Events<'_>, args: &DemoArgs) -> Result<(), Failure> {
     let begun = Instant::now();
     let interval = Duration::from_secs(args.seconds) / (args.kills + 1);
-    let mut events = Vec::new();
     for number in 1..=args.kills {
-        let due = begun + interval * number;
-        while Instant::now() < due && !load.is_broken() {
-            if is_interrupted() {
-                return Err(Failure::Interrupted);
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        loop {
-            let event = kill_one(stage, load, timeline, number)?;
-            let is_enough = u64::from(event.writes_in_flight) >= WRITES_MIN;
-            events.push(event);
-            if is_enough {
-                break;
-            }
-        }
-    }
-    Ok(events)
-}
-
-/// Kills the server once, and waits until both volumes go on.
-fn kill_one(
-    stage: &Stage,
-    load: &Load,
-    timeline: &Timeline,
-    number: u32,
-) -> Result<Event, Failure> {
-    let pid = stage.server_pid().context("the keeper's server.pid is gone")?;
-    until(load, "there were never enough writes in flight", |load| {
-        load.writes_in_flight() >= 2 * WRITES_MIN
-    })?;
-    load.take_gap_ns();
-    timeline.kill.arm(timeline.now());
-    process::kill_by_pidfd(pid).with_context(|| format!("cannot kill the server {pid}"))?;
-    timeline.kill.happened();
-    timeline.note(format!("kill #{number} (sigkill of {pid})"));
-    let successor = stage.wait_for_successor(pid)?;
-    timeline.note(format!("server {successor} took over"));
-    let before = load.completions();
-    until(load, "a volume was not served again", |load| {
-        load.completions().iter().zip(before).all(|(now, before)| *now > before + 16)
-    })?;
-    let gap_ns = load.take_gap_ns();
-    let held = timeline.kill.held();
-    let event = Event {
-        kind: "sigkill",
-        blackout_ms: round(gap_ns as f64 / 1e6),
-        pid,
-        writes_in_flight: held,
-    };
-    let after = Micros(gap_ns / 1000);
-    say(format_args!("kill {number}: server {pid}, {held} writes in flight, blackout {after}"));
-    Ok(event)
-}
-
-fn until(load: &Load, otherwise: &str, is_so: impl Fn(&Load) -> bool) -> Result<(), Failure> {
-    let deadline = Instant::now() + LOAD_LIMIT;
-    while !is_so(load) {
-        if is_interrupted() {
-            return Err(Failure::Interrupted);
-        }
-        if load.is_broken() {
-            return Err(anyhow!("the load ended early: {otherwise}").into());
-        }
-        if Instant::now() >= deadline {
-            return Err(anyhow!("{otherwise} within {} s", LOAD_LIMIT.as_secs()).into());
-        }
-        std::thread::sleep(Duration::from_micros(200));
+        events.rest_until(begun + interval * number)?;
+        events.sigkill()?;
     }
     Ok(())
 }
@@ -266,16 +196,21 @@ fn finish(args: &DemoArgs, report: &Report, problems: Vec<String>) -> Result<Str
 }
 
 fn text(report: &Report) -> String {
-    let mut kills = Table::new(&[">KILL", ">SERVER", ">WRITES IN FLIGHT", ">BLACKOUT"]);
-    for (number, event) in report.events.iter().enumerate() {
-        kills.row(vec![
-            (number + 1).to_string(),
-            format!("pid {}", event.pid),
+    let mut events = Table::new(&["KIND", "SERVER", ">WRITES IN FLIGHT", ">BLACKOUT", ""]);
+    for event in &report.events {
+        let server = match event.successor_pid == event.pid {
+            true => format!("pid {} serves on", event.pid),
+            false => format!("pid {}, then {}", event.pid, event.successor_pid),
+        };
+        events.row(vec![
+            event.kind.name().into(),
+            server,
             event.writes_in_flight.to_string(),
             format!("{:.1} ms", event.blackout_ms),
+            event.detail.clone(),
         ]);
     }
-    let mut text = format!("{kills}\n");
+    let mut text = format!("{events}\n");
     let mut line = |label: &str, value: String| {
         let _ = writeln!(text, "{label:<12}{value}");
     };
@@ -285,11 +220,13 @@ fn text(report: &Report) -> String {
         Check::Skipped => "compared byte by byte; no ext file system, or no e2fsck",
     };
     line("image", report.image.clone());
-    line("kills", report.events.len().to_string());
+    let kills = report.events.iter().filter(|event| event.kind == Kind::Sigkill).count();
+    line("kills", kills.to_string());
     line("requests", Count(report.requests).to_string());
     line("errors", report.errors.to_string());
     line("mismatches", report.mismatches.to_string());
     line("throughput", format!("{} IOPS over {} s", Count(report.iops as u64), report.seconds));
+    line("quiet gap", format!("{} ms at most, without an event", report.gap_quiet_ms_max));
     line("file system", filesystem.into());
     text
 }

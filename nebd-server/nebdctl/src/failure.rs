@@ -7,7 +7,8 @@ use std::process::ExitCode;
 pub const EXIT_CODES: &str = "\
 Exit codes:
   0    done
-  1    the operation failed: the server refused it, or something it needs failed
+  1    the operation failed: the server refused it, or something it needs failed; an upgrade was
+       refused, failed, or went back
   2    the command line is wrong
   3    the server cannot be reached
   4    bench, demo, import or export found errors, mismatches or damage
@@ -58,6 +59,14 @@ pub enum Failure {
         /// What is wrong.
         message: String,
     },
+    /// A planned takeover that did not come to its good end.
+    #[error("{message}")]
+    Takeover {
+        /// What is known of it, for standard output.
+        report: String,
+        /// Why, who serves now, and what to do.
+        message: String,
+    },
     /// Ctrl-C.
     #[error("interrupted")]
     Interrupted,
@@ -67,10 +76,18 @@ pub enum Failure {
 }
 
 impl Failure {
+    /// What goes to standard output all the same.
+    pub fn report(&self) -> &str {
+        match self {
+            Failure::Wrong { report, .. } | Failure::Takeover { report, .. } => report,
+            _ => "",
+        }
+    }
+
     /// The process's exit code for this.
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(match self {
-            Failure::Refused { .. } | Failure::Other(_) => 1,
+            Failure::Refused { .. } | Failure::Takeover { .. } | Failure::Other(_) => 1,
             Failure::Usage(_) => 2,
             Failure::Unreachable { .. } | Failure::Silent { .. } => 3,
             Failure::Wrong { .. } => 4,

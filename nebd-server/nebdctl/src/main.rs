@@ -11,6 +11,7 @@ mod status;
 mod table;
 mod top;
 mod units;
+mod upgrade;
 mod view;
 mod volume;
 
@@ -30,10 +31,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let (text, failure) = match run(cli) {
         Ok(text) => (text, None),
-        Err(Failure::Wrong { report, message }) => {
-            (report.clone(), Some(Failure::Wrong { report, message }))
-        }
-        Err(failure) => (String::new(), Some(failure)),
+        Err(failure) => (failure.report().to_owned(), Some(failure)),
     };
     // A reader that has gone away (`nebdctl status | head`) is no error.
     if let Err(error) = io::stdout().write_all(text.as_bytes())
@@ -59,6 +57,8 @@ fn run(cli: Cli) -> Result<String, Failure> {
     match cli.command {
         Command::Volume(command) => volume::run(&cli.socket, &connect()?, command),
         Command::Status(output) => status::run(&connect()?, output),
+        Command::Upgrade(args) => upgrade::run(&connect()?, &args),
+        Command::Rollback(output) => upgrade::rollback(&connect()?, output),
         Command::Top(args) => top::run(&cli.socket, &connect()?, &args),
         Command::Bench(args) => bench::run(&cli.socket, connect()?, &args),
         Command::Demo(args) => demo::run(&args),

@@ -2,7 +2,8 @@
 
 use std::fmt::Write as _;
 
-use nebd_rpc::admin::{GetStatusRequest, Session, Status};
+use nebd_rpc::admin::{GetStatusRequest, Session, Status, Upgrade, UpgradeState};
+use serde::Serialize;
 
 use crate::cli::OutputArgs;
 use crate::connection::Connection;
@@ -10,15 +11,27 @@ use crate::failure::Failure;
 use crate::table::Table;
 use crate::top;
 use crate::units::{Count, Micros, Size};
+use crate::upgrade;
 use crate::view;
 use crate::volume::{dash, parked_advice, table};
 
 /// Asks, and returns what to print.
 pub fn run(connection: &Connection, output: OutputArgs) -> Result<String, Failure> {
     let status = ask(connection)?;
+    // A server that tells its status but not this is an older one, or tells it to root alone.
+    let upgrade = upgrade::ask(connection).ok().filter(|last| last.state() != UpgradeState::None);
     match output.json {
-        true => Ok(view::line(&view::Status::from(&status))?),
-        false => Ok(text(&status)),
+        true => {
+            #[derive(Serialize)]
+            struct Told<'a> {
+                #[serde(flatten)]
+                status: view::Status,
+                upgrade: Option<upgrade::View<'a>>,
+            }
+            let upgrade = upgrade.as_ref().map(upgrade::View::of);
+            Ok(view::line(&Told { status: view::Status::from(&status), upgrade })?)
+        }
+        false => Ok(text(&status, upgrade.as_ref())),
     }
 }
 
@@ -27,7 +40,7 @@ pub fn ask(connection: &Connection) -> Result<Status, Failure> {
     connection.call(|mut c| async move { c.get_status(GetStatusRequest::default()).await })
 }
 
-fn text(status: &Status) -> String {
+fn text(status: &Status, upgrade: Option<&Upgrade>) -> String {
     let mut text = String::new();
     let mut line = |label: &str, value: String| {
         let _ = writeln!(text, "{label:<14}{value}");
@@ -36,6 +49,9 @@ fn text(status: &Status) -> String {
     line("generation", status.generation.to_string());
     line("up", Micros(status.uptime_ms.saturating_mul(1000)).to_string());
     line("last death", dash(&status.last_death));
+    if let Some(upgrade) = upgrade {
+        line("upgrade", upgrade::told(upgrade));
+    }
     line("takeovers", top::takeovers_of(status));
     line("file engine", dash(&status.file_engine));
     let kept = if status.fd_store {
@@ -145,7 +161,7 @@ mod tests {
 
     #[test]
     fn the_text_tells_queues_and_blackouts() {
-        let text = text(&status());
+        let text = text(&status(), None);
         for part in ["2 × 32 on 0,1", "1,234,567", "12.3 ms", "45.6 ms", "00112233  "] {
             assert!(text.contains(part), "{part} is missing in:\n{text}");
         }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 /// A number of bytes as an operator writes it: `512`, `64MiB`, `10G`.
 ///
@@ -83,6 +84,39 @@ impl fmt::Display for Micros {
             3_600_000_000..172_800_000_000 => format!("{:.1} h", us as f64 / 3.6e9),
             _ => format!("{} days", us / 86_400_000_000),
         })
+    }
+}
+
+/// A span of time as an operator writes it: `500ms`, `60s`, `5min`, `1h`; `none` is zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span(pub Duration);
+
+/// Why a text is no span of time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "a time is a whole number and its unit, such as 500ms, 60s or 5min, or none; a day at most"
+)]
+pub struct SpanError;
+
+impl FromStr for Span {
+    type Err = SpanError;
+
+    fn from_str(text: &str) -> Result<Span, SpanError> {
+        const DAY: Duration = Duration::from_secs(86_400);
+        if matches!(text, "none" | "0") {
+            return Ok(Span(Duration::ZERO));
+        }
+        let end = text.find(|c: char| !c.is_ascii_digit()).ok_or(SpanError)?;
+        let number: u64 = text[..end].parse().map_err(|_| SpanError)?;
+        let unit_ms = match text[end..].trim_start() {
+            "ms" => 1,
+            "s" => 1000,
+            "m" | "min" => 60_000,
+            "h" => 3_600_000,
+            _ => return Err(SpanError),
+        };
+        let span = Duration::from_millis(number.checked_mul(unit_ms).ok_or(SpanError)?);
+        if span <= DAY { Ok(Span(span)) } else { Err(SpanError) }
     }
 }
 
@@ -194,6 +228,25 @@ mod tests {
         assert_eq!(Micros(7_200_000_000).to_string(), "2.0 h");
         assert_eq!(Count(0).to_string(), "0");
         assert_eq!(Count(1_234_567).to_string(), "1,234,567");
+    }
+
+    #[test]
+    fn spans_of_time_are_read() {
+        for (text, ms) in [
+            ("none", 0),
+            ("0", 0),
+            ("0s", 0),
+            ("500ms", 500),
+            ("60s", 60_000),
+            ("5 min", 300_000),
+            ("2m", 120_000),
+            ("24h", 86_400_000),
+        ] {
+            assert_eq!(text.parse(), Ok(Span(Duration::from_millis(ms))), "{text}");
+        }
+        for text in ["", "60", "s", "-1s", "1.5s", "1d", "25h", "99999999999999999999s"] {
+            assert_eq!(text.parse::<Span>(), Err(SpanError), "{text}");
+        }
     }
 
     #[test]

@@ -44,6 +44,17 @@ impl Connection {
         })
     }
 
+    /// A connection of a predecessor, which its session was attached on.
+    pub fn adopted(socket: OwnedFd, session: SessionId) -> io::Result<Connection> {
+        let connection = Connection::new(socket)?;
+        Ok(Connection { greeted: true, session: Some(session), ..connection })
+    }
+
+    /// The socket, to be kept beside the connection.
+    pub fn shared_socket(&self) -> Arc<OwnedFd> {
+        self.socket.clone()
+    }
+
     /// The socket.
     pub fn socket(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
@@ -353,6 +364,8 @@ fn detach(control: &mut Control, key: u64, request: u64) {
     match connection.session {
         Some(id) if control.server.session(id).is_some() => {
             control.detaching.insert(id, (key, request));
+            // Its answer is this server's to give; a successor would not know of it.
+            control.server.speakers().remove(&id);
             control.server.end_session(id);
         }
         _ => {

@@ -127,6 +127,9 @@ pub enum Message {
     Frozen(Frozen),
     /// Candidate: the claim is made; the owner unlocks.
     Fenced(Generation),
+    /// Owner, before [`Message::Frozen`]: connections of clients, each with the session that it
+    /// speaks for. A candidate that does not know it closes them, and the clients connect again.
+    Connections(Vec<(SessionId, OwnedFd)>),
     /// Owner: it has unlocked what had nothing at its storage any more.
     Released,
     /// Candidate: what can be served is served; the old server is not needed any more.
@@ -150,6 +153,8 @@ const FENCED: u16 = kind(8);
 const RESUMED: u16 = kind(9);
 const DISMISSED: u16 = kind(10);
 const RELEASED: u16 = kind(11);
+/// Optional.
+const CONNECTIONS: u16 = 12;
 
 /// Tags. Those of different messages do not overlap, so that a field has one meaning.
 mod tag {
@@ -177,6 +182,7 @@ mod tag {
     pub(super) const LAST: u16 = 20;
     pub(super) const PROBATION: u16 = 21;
     pub(super) const LEFT: u16 = 22;
+    pub(super) const SPEAKS_FOR: u16 = REQUIRED | 23;
     /// Within CLIENT, UNSUPPORTED, FAILURE and LAST.
     pub(super) const SESSION: u16 = REQUIRED | 32;
     pub(super) const VOLUME: u16 = REQUIRED | 33;
@@ -194,6 +200,7 @@ impl Message {
         let (kind, fields) = self.encode();
         let fds: Vec<BorrowedFd<'_>> = match self {
             Message::Offer(offer) => offer.entries.iter().map(|(_, fd)| fd.as_fd()).collect(),
+            Message::Connections(entries) => entries.iter().map(|(_, fd)| fd.as_fd()).collect(),
             _ => Vec::new(),
         };
         wire::send(socket, kind, fields.bytes(), &fds, deadline)
@@ -259,6 +266,13 @@ impl Message {
             Message::Fenced(generation) => {
                 (FENCED, fields.with(tag::GENERATION, generation.0.to_le_bytes()))
             }
+            Message::Connections(entries) => {
+                let mut fields = fields;
+                for (session, _) in entries {
+                    fields.push(tag::SPEAKS_FOR, session.0);
+                }
+                (CONNECTIONS, fields)
+            }
             Message::Released => (RELEASED, fields),
             Message::Resumed => (RESUMED, fields),
             Message::Dismissed(reason) => (DISMISSED, fields.with(tag::REASON, reason)),
@@ -278,6 +292,15 @@ impl Message {
             FENCED => {
                 let fields = wire::parse(body, &[tag::GENERATION])?;
                 Ok(Message::Fenced(Generation(short(find(&fields, tag::GENERATION)?)?)))
+            }
+            CONNECTIONS => {
+                let fields = wire::parse(body, &[tag::SPEAKS_FOR])?;
+                let sessions = fields.iter().map(|(_, value)| session(value));
+                let sessions = sessions.collect::<Result<Vec<_>, _>>()?;
+                if sessions.len() != fds.len() {
+                    return Err(WireError::Damaged("there are not as many connections as names"));
+                }
+                Ok(Message::Connections(sessions.into_iter().zip(fds).collect()))
             }
             RELEASED => wire::parse(body, &[]).map(|_| Message::Released),
             RESUMED => wire::parse(body, &[]).map(|_| Message::Resumed),

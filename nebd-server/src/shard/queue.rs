@@ -9,6 +9,7 @@ use nebd_abi::ring::{Request as RingRequest, RingViolation, ServerQueue};
 use nebd_abi::{Errno, Fence, Op};
 use nebd_backend::{Lane, Request};
 
+use super::fair::{Fair, Pace, Share};
 use super::ringer::Ringer;
 use super::{HEARTBEAT, QueueSetup, ShardContext, ShardEvent};
 use crate::hooks;
@@ -21,6 +22,10 @@ pub(super) enum Served {
     Some,
     /// There were none, and the queue stays active.
     None,
+    /// Its session pays for what it took in earlier rounds.
+    Owes,
+    /// Its session has as much at the storage as it may while others are present.
+    Full,
     /// There have been none for long: it waits for its doorbell.
     Asleep,
     /// The volume's limits are used up until then.
@@ -29,9 +34,6 @@ pub(super) enum Served {
 
 /// Turns without a request after which a queue of a busy shard goes to sleep.
 const IDLE_TURNS_MAX: u32 = 4096;
-
-/// Bytes that a queue may move at a turn: some backends copy on the shard's own thread.
-const TURN_BYTES_MAX: u64 = 4 << 20;
 
 /// A request at the backend.
 struct InFlight {
@@ -58,6 +60,8 @@ pub(super) struct QueueTask {
     /// While frozen: when it last answered, and whether its end was told.
     pub(super) last_answer_ns: u64,
     pub(super) told_drained: bool,
+    /// Of its session, on this shard.
+    pub(super) share: Rc<Share>,
     key: usize,
     ringer: Rc<Ringer>,
     in_flight: Box<[Option<InFlight>]>,
@@ -80,9 +84,15 @@ pub(super) struct QueueTask {
 }
 
 impl QueueTask {
-    pub(super) fn new(key: usize, setup: QueueSetup, ringer: Rc<Ringer>) -> QueueTask {
+    pub(super) fn new(
+        key: usize,
+        setup: QueueSetup,
+        ringer: Rc<Ringer>,
+        share: Rc<Share>,
+    ) -> QueueTask {
         let depth = setup.ring.depth();
         QueueTask {
+            share,
             key,
             ringer,
             in_flight: (0..depth).map(|_| None).collect(),
@@ -98,11 +108,11 @@ impl QueueTask {
             touched: false,
             throttled: None,
             in_flight_count: 0,
+            last_answer_ns: 0,
+            told_drained: false,
             turn: Instant::now(),
             tally: Tally::default(),
             conspicuous: None,
-            last_answer_ns: 0,
-            told_drained: false,
             answered_inline: false,
             draining: false,
             idle_turns: 0,
@@ -132,32 +142,41 @@ impl QueueTask {
         self.ring.wake();
     }
 
-    /// Pops and dispatches up to a batch.
+    /// Pops and dispatches what its turn allows; adds the bytes to `moved`.
     pub(super) fn serve(
         &mut self,
         lane: &mut Lane,
         context: &ShardContext,
+        fair: &mut Fair,
+        moved: &mut u64,
     ) -> Result<Served, RingViolation> {
         if self.parked || self.draining {
             self.active = false;
             return Ok(Served::Asleep);
         }
-        let (mut taken, mut bytes) = (0, 0);
+        let mut taken = 0;
         let mut closed_until = None;
-        while taken < context.batch && bytes < TURN_BYTES_MAX {
+        let mut turn = fair.turn(&self.share, context.batch);
+        let pace = loop {
+            let pace = turn.pace(&self.share);
+            if pace != Pace::Take {
+                break pace;
+            }
             closed_until = self.session.volume.throttle.closed_until();
             if closed_until.is_some() {
-                break;
+                break pace;
             }
-            let Some(request) = self.ring.pop()? else { break };
+            let Some(request) = self.ring.pop()? else { break pace };
             crate::failpoint!("after-pop");
             if taken == 0 {
                 self.turn = Instant::now();
             }
             self.dispatch(lane, context, &request, false);
             taken += 1;
-            bytes = request.length.saturating_add(bytes);
-        }
+            turn.took(request.length);
+            *moved = moved.saturating_add(request.length);
+        };
+        let owes = fair.end(&turn, &self.share, taken > 0);
         if self.answered_inline {
             self.answered_inline = false;
             self.call_if_needed();
@@ -169,6 +188,12 @@ impl QueueTask {
         if taken > 0 {
             self.idle_turns = 0;
             return Ok(Served::Some);
+        }
+        if pace == Pace::Full {
+            return Ok(Served::Full);
+        }
+        if owes {
+            return Ok(Served::Owes);
         }
         self.idle_turns += 1;
         if self.idle_turns > IDLE_TURNS_MAX {
@@ -209,8 +234,7 @@ impl QueueTask {
             return;
         }
         if translated.op != Op::Flush {
-            let bytes = if translated.op.has_data() { request.length } else { 0 };
-            self.session.volume.throttle.charge(bytes);
+            self.session.volume.throttle.charge(data_bytes(translated.op, request.length));
         }
         let ledger_slot = self.ledger_base + request.slot;
         self.session.ledger.dispatch(ledger_slot, request.seq, context.generation);
@@ -237,6 +261,7 @@ impl QueueTask {
             _memories: translated.uses_memories.then(|| self.memories.clone()),
         });
         self.in_flight_count += 1;
+        self.share.submitted(data_bytes(translated.op, request.length));
         self.counter_in_flight();
         let tag = (self.key as u64) << 32 | u64::from(request.slot);
         let mailbox = lane.mailbox().clone();
@@ -297,6 +322,7 @@ impl QueueTask {
             return false;
         };
         self.in_flight_count -= 1;
+        self.share.answered(data_bytes(done.op, done.length));
         self.counter_in_flight();
         self.session.volume.answered(&done.fence);
         crate::failpoint!("before-publish");
@@ -419,4 +445,9 @@ impl QueueTask {
             self.memories = self.session.memories();
         }
     }
+}
+
+/// Bytes that a request moves: none if it only names a range.
+fn data_bytes(op: Op, length: u64) -> u64 {
+    if op.has_data() { length } else { 0 }
 }

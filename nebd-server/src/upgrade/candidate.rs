@@ -27,7 +27,6 @@ use crate::handover::message::{
 };
 use crate::handover::wire::WireError;
 use crate::holdings::LOCK;
-use crate::metrics::TakeoverKind;
 use crate::run::{Assembly, Ingredients, RunError, assemble, confirm_death, prelude};
 use crate::server::AttachRequest;
 use crate::shard::monotonic_ns;
@@ -92,6 +91,7 @@ pub fn run(config: &Config) -> Result<(), CandidateError> {
 }
 
 struct Candidate<'a> {
+    config: &'a Config,
     socket: &'a OwnedFd,
     hello: Hello,
     owner: OwnedFd,
@@ -100,10 +100,12 @@ struct Candidate<'a> {
     sessions: HashMap<SessionId, AttachRequest>,
     /// Volumes that were opened as an observer.
     volumes: BTreeSet<VolumeName>,
+    /// Connections of clients.
+    connections: Vec<(SessionId, OwnedFd)>,
 }
 
 impl<'a> Candidate<'a> {
-    fn take_over(config: &Config, socket: &'a OwnedFd) -> Result<(), CandidateError> {
+    fn take_over(config: &'a Config, socket: &'a OwnedFd) -> Result<(), CandidateError> {
         prelude(config).map_err(Box::new)?;
         crate::failpoint!("candidate-start");
         let Message::Hello(hello) = receive(socket)? else { return Err(CandidateError::Order) };
@@ -127,7 +129,9 @@ impl<'a> Candidate<'a> {
         let assembly = collect(config, socket, &hello)?;
         crate::failpoint!("candidate-offer");
         let (sessions, volumes) = (HashMap::new(), BTreeSet::new());
-        let candidate = Candidate { socket, hello, owner, assembly, sessions, volumes };
+        let connections = Vec::new();
+        let candidate =
+            Candidate { config, socket, hello, owner, assembly, sessions, volumes, connections };
         candidate.follow()
     }
 
@@ -143,6 +147,7 @@ impl<'a> Candidate<'a> {
                     changed.extend(offer.removed.iter().cloned());
                     take(&self.assembly, offer);
                 }
+                Message::Connections(connections) => self.connections = connections,
                 Message::Prepare => self.prepare(Some(changed.take().unwrap_or_default()))?,
                 Message::Frozen(frozen) => {
                     self.invalidate(&changed.take().unwrap_or_default());
@@ -254,8 +259,10 @@ impl<'a> Candidate<'a> {
         crate::failpoint!("candidate-fenced");
         let state_dir = self.assembly.holdings.state_dir.clone();
         let server = self.assembly.server.clone();
+        let planned = Some(crate::metrics::TakeoverKind::Planned);
+        crate::metrics::start(&*server.store, generation, planned);
         server.upgrades.report().adopt(&frozen.report, &state_dir, &self.hello.binary);
-        crate::metrics::start(&*server.store, generation, Some(TakeoverKind::Planned));
+        self.assembly.control.adopt(std::mem::take(&mut self.connections));
         self.await_release()?;
         server.upgrades.report().step("FENCE", begin, format!("generation {generation}"));
         let resume = monotonic_ns();
@@ -284,7 +291,7 @@ impl<'a> Candidate<'a> {
         watch_owner(self.owner);
         let probation = Duration::from_millis(frozen.probation_ms);
         let run = Probation::new(probation);
-        self.assembly.serve(Some(run)).map_err(|error| Box::new(error).into())
+        self.assembly.serve(self.config, Some(run)).map_err(|error| Box::new(error).into())
     }
 
     /// Until the owner has given up its locks; one that does not is frozen, and killed.

@@ -27,16 +27,13 @@ use crate::holdings::Holdings;
 use crate::server::Server;
 use crate::shard::{Command, Freeze, FreezeEvent, monotonic_ns};
 
-/// From exec to the first answer: a busy host loads a binary slowly.
-const HELLO_TIME_MAX: Duration = Duration::from_secs(10);
-const OFFER_TIME_MAX: Duration = Duration::from_secs(30);
-/// Storage may be slow to open.
-const PREPARE_TIME_MAX: Duration = Duration::from_secs(60);
 /// What is under way in the control plane may take this long to end.
 const GATE_TIME_MAX: Duration = Duration::from_secs(5);
 /// Guests stand still while this runs.
 const FENCE_TIME_MAX: Duration = Duration::from_secs(1);
-const RESUME_TIME_MAX: Duration = Duration::from_secs(10);
+/// What can be served at once is served within milliseconds; a new server that is silent for this
+/// long is frozen, and the next one is quicker than its thaw.
+const RESUME_TIME_MAX: Duration = Duration::from_secs(2);
 const LINGER_TIME_MAX: Duration = Duration::from_secs(10);
 /// Entries of the store in one message.
 const OFFER_ENTRIES_MAX: usize = 128;
@@ -177,11 +174,13 @@ impl Owner<'_> {
     fn announce(&self, pid: u32) -> std::io::Result<()> {
         let Some(notifier) = &self.holdings.notifier else { return Ok(()) };
         notifier.candidate(pid);
-        self.server.store.barrier()
+        // Not the store's barrier, which would ask the next keeper if this one dies: that one has
+        // not heard of the candidate.
+        notifier.barrier(self.holdings.step)
     }
 
     fn greet(&self, clients: &[Client]) -> Result<Welcome, Failure> {
-        let deadline = Instant::now() + HELLO_TIME_MAX;
+        let deadline = Instant::now() + self.holdings.step;
         let hello = Hello {
             versions: (message::VERSION_MIN, message::VERSION),
             purpose: match self.order.kind {
@@ -277,7 +276,7 @@ impl Owner<'_> {
     /// Offers the listeners and everything in the store. From now on changes are noted.
     fn offer_all(&self) -> Result<(), Failure> {
         let begin = monotonic_ns();
-        let deadline = Instant::now() + OFFER_TIME_MAX;
+        let deadline = Instant::now() + self.holdings.step;
         let own: Vec<(&str, BorrowedFd<'_>)> =
             self.holdings.fds.iter().map(|(name, fd)| (*name, fd.as_fd())).collect();
         send_offer(self.socket()?, &own, &[], deadline).map_err(failed("OFFER"))?;
@@ -319,7 +318,7 @@ impl Owner<'_> {
 
     fn prepare(&self, step: &'static str) -> Result<Prepared, Failure> {
         let begin = monotonic_ns();
-        let deadline = Instant::now() + PREPARE_TIME_MAX;
+        let deadline = Instant::now() + self.holdings.step;
         let socket = self.socket()?;
         Message::Prepare.send(socket, deadline).map_err(failed(step))?;
         crate::failpoint!("owner-prepare");
@@ -352,7 +351,7 @@ impl Owner<'_> {
             .close(Instant::now() + GATE_TIME_MAX)
             .map_err(|busy| failed("READY")(format!("still under way: {}", busy.join(", "))))?;
         let changed =
-            self.offer_changes(Instant::now() + OFFER_TIME_MAX).map_err(failed("READY"))?;
+            self.offer_changes(Instant::now() + self.holdings.step).map_err(failed("READY"))?;
         self.prepare("READY").inspect_err(|_| self.server.gate.open())?;
         if changed > 0 {
             let detail = format!("{changed} descriptors changed meanwhile");
@@ -374,20 +373,9 @@ impl Owner<'_> {
             shard.send(Command::Freeze(Freeze { deadline, events: sender.clone() }));
         }
         let patience = deadline + FENCE_TIME_MAX;
-        let (mut left, mut last_ns) = (Vec::new(), BTreeMap::<[u8; 16], u64>::new());
-        for _ in &self.server.shards {
-            match events.recv_deadline(patience) {
-                Ok(FreezeEvent::Sealed { left: more, last_ns: times }) => {
-                    left.extend(more);
-                    for (session, ns) in times {
-                        let last = last_ns.entry(session.0).or_default();
-                        *last = ns.max(*last);
-                    }
-                }
-                Ok(FreezeEvent::Drained(_)) => {}
-                Err(_) => return Err(failed("FREEZE")("a shard does not answer")),
-            }
-        }
+        let seals = Seals::collect(self.server.shards.len(), &events, patience)
+            .ok_or_else(|| failed("FREEZE")("a shard does not answer"))?;
+        let Seals { left, last_ns } = seals;
         crate::failpoint!("owner-frozen");
         let changed = self.offer_changes(patience).map_err(failed("FREEZE"))?;
         let detail = format!(
@@ -406,8 +394,19 @@ impl Owner<'_> {
             left: left.clone(),
             probation_ms: self.order.probation.as_millis() as u64,
         };
+        self.offer_connections(patience).map_err(failed("FREEZE"))?;
         Message::Frozen(frozen).send(self.socket()?, patience).map_err(failed("FREEZE"))?;
         Ok((left, events))
+    }
+
+    fn offer_connections(&self, deadline: Instant) -> Result<(), WireError> {
+        let Some(candidate) = &self.candidate else { return Err(WireError::Gone) };
+        let speakers = self.server.speakers();
+        let connections = speakers.iter().filter_map(|(session, socket)| {
+            // One that cannot be duplicated is closed with this process: its client comes back.
+            Some((*session, socket.try_clone().ok()?))
+        });
+        Message::Connections(connections.collect()).send(&candidate.socket, deadline)
     }
 
     fn fence(&self) -> Result<(), Failure> {
@@ -420,7 +419,7 @@ impl Owner<'_> {
 
     /// Gives up what the new owner waits for, and goes.
     fn release(
-        &self,
+        &mut self,
         left: Vec<SessionId>,
         events: &Receiver<FreezeEvent>,
     ) -> Result<Never, Failure> {
@@ -439,6 +438,7 @@ impl Owner<'_> {
         if let Ok(socket) = self.socket() {
             let _ = Message::Released.send(socket, Instant::now() + FENCE_TIME_MAX);
         }
+        self.server.upgrades.stop_admin();
         let deadline = Instant::now() + LINGER_TIME_MAX;
         while !waiting.is_empty() {
             match events.recv_deadline(deadline) {
@@ -458,14 +458,20 @@ impl Owner<'_> {
         }
         crate::failpoint!("owner-released");
         // The service manager must hear of the new one before it sees the end of the old one.
-        let resumed = self
-            .socket()
-            .and_then(|socket| {
-                let deadline = Instant::now() + RESUME_TIME_MAX;
-                Message::receive(socket, deadline).map_err(failed("RESUME"))
-            })
-            .is_ok_and(|message| matches!(message, Message::Resumed));
-        tracing::info!(event = "takeover", resumed, "handed over; this server goes");
+        let resumed = self.socket().and_then(|socket| {
+            let deadline = Instant::now() + RESUME_TIME_MAX;
+            Message::receive(socket, deadline).map_err(failed("RESUME"))
+        });
+        if !matches!(resumed, Ok(Message::Resumed)) {
+            tracing::error!(event = "takeover", "the new server does not serve; it is killed");
+            if let Some(candidate) = &mut self.candidate
+                && let Err(error) = candidate.child.kill().and_then(|()| candidate.child.wait())
+            {
+                tracing::error!(%error, "the end of the new server cannot be awaited");
+            }
+            std::process::exit(1);
+        }
+        tracing::info!(event = "takeover", "handed over; this server goes");
         crate::failpoint!("owner-linger");
         std::process::exit(0);
     }
@@ -498,6 +504,41 @@ impl Owner<'_> {
         if let Some(notifier) = &self.holdings.notifier {
             notifier.candidate(0);
         }
+    }
+}
+
+/// What the shards said when they were sealed.
+struct Seals {
+    /// Sessions with requests at their storage, once for each of their queues.
+    left: Vec<SessionId>,
+    last_ns: BTreeMap<[u8; 16], u64>,
+}
+
+impl Seals {
+    /// Waits until every shard is sealed: only then may anybody claim. One that was sealed early may
+    /// tell of its last answers before another is sealed.
+    fn collect(shards: usize, events: &Receiver<FreezeEvent>, deadline: Instant) -> Option<Seals> {
+        let mut seals = Seals { left: Vec::new(), last_ns: BTreeMap::new() };
+        let (mut sealed, mut drained) = (0, Vec::new());
+        while sealed < shards {
+            match events.recv_deadline(deadline).ok()? {
+                FreezeEvent::Sealed { left, last_ns } => {
+                    sealed += 1;
+                    seals.left.extend(left);
+                    for (session, ns) in last_ns {
+                        let last = seals.last_ns.entry(session.0).or_default();
+                        *last = ns.max(*last);
+                    }
+                }
+                FreezeEvent::Drained(session) => drained.push(session),
+            }
+        }
+        for session in drained {
+            if let Some(at) = seals.left.iter().position(|left| *left == session) {
+                seals.left.swap_remove(at);
+            }
+        }
+        Some(seals)
     }
 }
 
@@ -548,5 +589,45 @@ fn check_means(server: &Server) -> Result<(), String> {
             kib >> 10
         )),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn session(number: u8) -> SessionId {
+        SessionId([number; 16])
+    }
+
+    fn sealed(left: &[u8], times: &[(u8, u64)]) -> FreezeEvent {
+        FreezeEvent::Sealed {
+            left: left.iter().map(|number| session(*number)).collect(),
+            last_ns: times.iter().map(|(number, ns)| (session(*number), *ns)).collect(),
+        }
+    }
+
+    #[test]
+    fn no_claim_before_every_shard_is_sealed() {
+        let (sender, events) = crossbeam::channel::unbounded();
+        let soon = Instant::now() + Duration::from_millis(20);
+        sender.send(sealed(&[1, 1, 2], &[(1, 10), (2, 30)])).unwrap();
+        sender.send(FreezeEvent::Drained(session(1))).unwrap();
+        sender.send(FreezeEvent::Drained(session(2))).unwrap();
+        assert!(Seals::collect(2, &events, soon).is_none(), "one shard has said nothing");
+        let later = Instant::now() + Duration::from_secs(60);
+        for event in [
+            sealed(&[1, 1, 2], &[(1, 10), (2, 30)]),
+            FreezeEvent::Drained(session(1)),
+            FreezeEvent::Drained(session(2)),
+            sealed(&[3], &[(1, 20)]),
+        ] {
+            sender.send(event).unwrap();
+        }
+        let seals = Seals::collect(2, &events, later).unwrap();
+        let mut left = seals.left;
+        left.sort_unstable();
+        assert_eq!(left, [session(1), session(3)], "one queue of session 1, and session 3");
+        assert_eq!(seals.last_ns[&[1; 16]], 20);
     }
 }

@@ -165,8 +165,12 @@ pub fn hello(path: &Path) -> OwnedFd {
 impl Client {
     /// Greeted, not attached.
     pub fn new(server: &Server, volume: &str, id: u8) -> Client {
-        let geometry =
-            Geometry { queue_count: 1, queue_depth: 8, iovecs_per_slot: 4, arena_size: 1 << 16 };
+        Client::with_arena(server, volume, id, 1 << 16)
+    }
+
+    /// The same, with so many bytes for data.
+    pub fn with_arena(server: &Server, volume: &str, id: u8, arena_size: u64) -> Client {
+        let geometry = Geometry { queue_count: 1, queue_depth: 8, iovecs_per_slot: 4, arena_size };
         let region = Region::create(RegionParams {
             version: LayoutVersion::CURRENT,
             session: SessionId([id; 16]),

@@ -149,8 +149,12 @@ pub struct RegionHeader {
     pub blackout_last_us: StdU64,
     /// Worst blackout of any takeover, in microseconds.
     pub blackout_worst_us: StdU64,
+    /// Generation of the server that ended the last blackout; zero from clients before 0.1.
+    pub blackout_generation: StdU32,
     /// Zero.
-    pub reserved4: [StdU64; 5],
+    pub reserved8: StdU32,
+    /// Zero.
+    pub reserved4: [StdU64; 4],
 
     // Written by the server.
     /// [`crate::Epoch`] under which the volume is served; zero before the first server.

@@ -66,7 +66,8 @@ const REGION_HEADER: &[(usize, &str)] = &[
     (8, "queues_offset"), (8, "queue_stride"), (8, "arena_offset"), (8, "arena_size"),
     (4, "client_pid"), (4, "reserved1"), (32, "client_version"), (112, "reserved2"),
     (192, "volume"), (64, "reserved3"),
-    (8, "takeovers"), (8, "blackout_last_us"), (8, "blackout_worst_us"), (40, "reserved4"),
+    (8, "takeovers"), (8, "blackout_last_us"), (8, "blackout_worst_us"),
+    (4, "blackout_generation"), (4, "reserved8"), (32, "reserved4"),
     (8, "epoch"), (8, "heartbeat"), (4, "death"), (4, "server_state"), (8, "volume_size"),
     (4, "server_pid"), (4, "reserved5"), (24, "reserved6"), (0, "reserved7"),
 ];
@@ -78,6 +79,7 @@ fn region_header() {
     header.takeovers.store(2, Relaxed);
     header.blackout_last_us.store(0x1111, Relaxed);
     header.blackout_worst_us.store(0x2222, Relaxed);
+    header.blackout_generation.store(0x44, Relaxed);
     header.epoch.store(EPOCH.to_bits(), Relaxed);
     header.heartbeat.store(0x33, Relaxed);
     header.death.store(11, Relaxed);

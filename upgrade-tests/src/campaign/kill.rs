@@ -1,6 +1,7 @@
 //! How a server dies.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use nix::sys::signal::Signal;
@@ -12,6 +13,10 @@ pub enum Kill {
     Signal(Signal),
     /// Stopped, and continued before anybody acts: nobody dies.
     StopAndContinue,
+    /// Not at all: another server takes over as planned.
+    Takeover,
+    /// The same, by this binary.
+    TakeoverBy(PathBuf),
     /// At a point in its code. The server that runs is killed first, for the list of failpoints is
     /// read at start.
     Failpoint {
@@ -32,6 +37,17 @@ impl Kill {
     /// SIGSTOP.
     pub const SIGSTOP: Kill = Kill::Signal(Signal::SIGSTOP);
 
+    /// Whether it is a planned takeover, or a point of one.
+    pub(super) fn is_takeover(&self) -> bool {
+        match self {
+            Kill::Takeover | Kill::TakeoverBy(_) => true,
+            Kill::Failpoint { point, .. } => {
+                point.starts_with("owner-") || point.starts_with("candidate-")
+            }
+            _ => false,
+        }
+    }
+
     /// A failpoint.
     pub fn at(point: &str, action: &str) -> Kill {
         Kill::Failpoint { point: point.into(), action: action.into() }
@@ -49,7 +65,7 @@ pub(super) fn passages(point: &str) -> u64 {
 
 /// A text names no way to die.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is none of sigkill, sigsegv, sigabrt, sigstop, stop-cont, POINT:ACTION")]
+#[error("{0:?} is none of sigkill, sigsegv, sigabrt, sigstop, stop-cont, planned, POINT:ACTION")]
 pub struct KillParseError(String);
 
 impl FromStr for Kill {
@@ -62,6 +78,7 @@ impl FromStr for Kill {
             "sigabrt" => Kill::SIGABRT,
             "sigstop" => Kill::SIGSTOP,
             "stop-cont" => Kill::StopAndContinue,
+            "planned" => Kill::Takeover,
             _ => match text.split_once(':') {
                 Some((point, action @ ("kill" | "segv" | "abort" | "hang" | "stop"))) => {
                     Kill::at(point, action)
@@ -77,6 +94,7 @@ impl fmt::Display for Kill {
         match self {
             Kill::Signal(signal) => f.write_str(&signal.as_str().to_lowercase()),
             Kill::StopAndContinue => f.write_str("stop-cont"),
+            Kill::Takeover | Kill::TakeoverBy(_) => f.write_str("planned"),
             Kill::Failpoint { point, action } => write!(f, "{point}:{action}"),
         }
     }
@@ -88,7 +106,9 @@ mod tests {
 
     #[test]
     fn every_kind_is_read_back() {
-        for text in ["sigkill", "sigsegv", "sigabrt", "sigstop", "stop-cont", "after-pop:hang"] {
+        for text in
+            ["sigkill", "sigsegv", "sigabrt", "sigstop", "stop-cont", "planned", "after-pop:hang"]
+        {
             assert_eq!(text.parse::<Kill>().unwrap().to_string(), text);
         }
         assert!("after-pop:dance".parse::<Kill>().is_err());

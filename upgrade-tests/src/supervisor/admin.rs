@@ -93,6 +93,29 @@ impl Admin {
         })
     }
 
+    /// Starts a planned takeover by this binary or the server's own, without a probation.
+    pub fn start_upgrade(
+        &self,
+        operation_id: &[u8],
+        binary: Option<&Path>,
+    ) -> Result<admin::Upgrade, AdminError> {
+        let request = admin::StartUpgradeRequest {
+            operation_id: operation_id.to_vec().into(),
+            kind: admin::UpgradeKind::Upgrade.into(),
+            binary: binary.map_or_else(String::new, |path| path.to_string_lossy().into_owned()),
+            ..admin::StartUpgradeRequest::default()
+        };
+        self.call(|mut client| {
+            let request = request.clone();
+            async move { client.start_upgrade(request).await }
+        })
+    }
+
+    /// The planned takeover under way, or the last one.
+    pub fn upgrade(&self) -> Result<admin::Upgrade, AdminError> {
+        self.call(|mut client| async move { client.get_upgrade(admin::GetUpgradeRequest {}).await })
+    }
+
     /// What the server says of itself.
     pub fn status(&self) -> Result<admin::Status, AdminError> {
         self.call(|mut client| async move { client.get_status(GetStatusRequest::default()).await })

@@ -119,6 +119,12 @@ impl Supervisor {
         } else if supervisor.config.standby && supervisor.standby.is_none() {
             supervisor.standby_at = Some(now);
         }
+        if supervisor.serving.as_ref().is_some_and(|server| server.ready)
+            && let Some(superior) = &supervisor.superior
+        {
+            // It serves already. A service manager that is not told so would end us after a while.
+            superior.ready();
+        }
         // What was told to the image before, or while nobody listened, is not told again.
         supervisor.on_stop_reports(now);
         supervisor.reap_orphans();

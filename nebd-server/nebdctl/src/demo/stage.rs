@@ -79,6 +79,11 @@ impl Stage {
         }
     }
 
+    /// The admin API.
+    pub fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
     /// The client socket.
     pub fn socket(&self) -> PathBuf {
         self.directory.path().join("nebd.sock")

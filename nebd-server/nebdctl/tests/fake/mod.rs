@@ -1,9 +1,17 @@
-//! An admin server that keeps volumes in a list.
+//! An admin server that keeps volumes in a list, and tells of takeovers what a test has written.
 
+#![allow(dead_code, reason = "not every test needs all of it")]
+
+mod breakable;
+
+use std::collections::VecDeque;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use breakable::{Break, Breakable};
 
 use nebd_rpc::admin::admin_server::{Admin, AdminServer};
 use nebd_rpc::admin::{
@@ -12,13 +20,33 @@ use nebd_rpc::admin::{
     ListVolumesRequest, ResizeVolumeRequest, StartUpgradeRequest, Status as ServerStatus,
     UnparkVolumeRequest, Upgrade, Volume,
 };
+use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status};
 
 type Answer<A> = Result<Response<A>, Status>;
 
+/// What the server does when it is asked for the takeover; the last one again and again.
+#[derive(Clone)]
+pub enum Scene {
+    /// Tells this, as of the takeover that was asked for.
+    Tells(Upgrade),
+    /// Tells this as it is.
+    Knows(Upgrade),
+    /// The connection breaks in the middle of the call.
+    Breaks,
+    /// The same, and for a while nobody listens.
+    Away(Duration),
+    /// Does not know the call.
+    IsOld,
+}
+
 #[derive(Default)]
 struct State {
+    scenes: Mutex<VecDeque<Scene>>,
+    refusal: Mutex<Option<Status>>,
+    started: Mutex<Vec<StartUpgradeRequest>>,
+    admin: PathBuf,
     volumes: Mutex<Vec<Volume>>,
     operations: Mutex<Vec<Vec<u8>>>,
     refusals: AtomicU32,
@@ -50,8 +78,10 @@ impl Fake {
     fn start_with(broken: u32, refusals: u32) -> Fake {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("s");
-        let listener = UnixListener::bind(directory.path().join("s.admin")).unwrap();
-        let state = Arc::new(State { refusals: AtomicU32::new(refusals), ..State::default() });
+        let admin = directory.path().join("s.admin");
+        let listener = UnixListener::bind(&admin).unwrap();
+        let refusals = AtomicU32::new(refusals);
+        let state = Arc::new(State { refusals, admin, ..State::default() });
         let service = AdminServer::new(Service(state.clone()));
         std::thread::spawn(move || {
             for _ in 0..broken {
@@ -62,12 +92,32 @@ impl Fake {
             listener.set_nonblocking(true).unwrap();
             runtime.block_on(async {
                 let listener = tokio::net::UnixListener::from_std(listener).unwrap();
-                let incoming = UnixListenerStream::new(listener);
+                let incoming =
+                    UnixListenerStream::new(listener).map(|stream| stream.map(Breakable::from));
                 let server = tonic::transport::Server::builder().add_service(service);
                 server.serve_with_incoming(incoming).await.unwrap();
             });
         });
         Fake { _directory: directory, socket, state }
+    }
+
+    /// One that is asked for takeovers, and plays these scenes.
+    pub fn start_playing(scenes: impl IntoIterator<Item = Scene>) -> Fake {
+        let fake = Fake::start();
+        *fake.state.scenes.lock().unwrap() = scenes.into_iter().collect();
+        fake
+    }
+
+    /// One that refuses each takeover with this error.
+    pub fn start_refusing_takeovers(refusal: Status) -> Fake {
+        let fake = Fake::start();
+        *fake.state.refusal.lock().unwrap() = Some(refusal);
+        fake
+    }
+
+    /// The takeovers that were asked for.
+    pub fn started(&self) -> Vec<StartUpgradeRequest> {
+        self.state.started.lock().unwrap().clone()
     }
 
     /// What to give to `--socket`.
@@ -78,6 +128,42 @@ impl Fake {
     /// Operation ids of the create calls, in order.
     pub fn operations(&self) -> Vec<Vec<u8>> {
         self.state.operations.lock().unwrap().clone()
+    }
+}
+
+impl State {
+    fn play(&self, breaks: &Break) -> Answer<Upgrade> {
+        let mut scenes = self.scenes.lock().unwrap();
+        let scene = match scenes.len() {
+            0 => Scene::Knows(Upgrade::default()),
+            1 => scenes[0].clone(),
+            _ => scenes.pop_front().unwrap(),
+        };
+        match scene {
+            Scene::Tells(mut upgrade) => {
+                let started = self.started.lock().unwrap();
+                let request = started.last().expect("a takeover was asked for");
+                upgrade.operation_id = request.operation_id.clone();
+                upgrade.kind = request.kind;
+                Ok(Response::new(upgrade))
+            }
+            Scene::Knows(upgrade) => Ok(Response::new(upgrade)),
+            Scene::IsOld => Err(Status::unimplemented("")),
+            Scene::Breaks => {
+                breaks.now();
+                Err(Status::internal("nobody hears this"))
+            }
+            Scene::Away(span) => {
+                breaks.now();
+                let (from, aside) = (self.admin.clone(), self.admin.with_extension("aside"));
+                std::fs::rename(&from, &aside).unwrap();
+                std::thread::spawn(move || {
+                    std::thread::sleep(span);
+                    std::fs::rename(&aside, &from).unwrap();
+                });
+                Err(Status::internal("nobody hears this"))
+            }
+        }
     }
 }
 
@@ -164,12 +250,17 @@ impl Admin for Service {
         .map(Response::new)
     }
 
-    async fn start_upgrade(&self, _: Request<StartUpgradeRequest>) -> Answer<Upgrade> {
-        Ok(Response::new(Upgrade::default()))
+    async fn start_upgrade(&self, request: Request<StartUpgradeRequest>) -> Answer<Upgrade> {
+        let (breaks, request) = (Break::of(&request), request.into_inner());
+        self.0.started.lock().unwrap().push(request);
+        if let Some(refusal) = self.0.refusal.lock().unwrap().clone() {
+            return Err(refusal);
+        }
+        self.0.play(&breaks)
     }
 
-    async fn get_upgrade(&self, _: Request<GetUpgradeRequest>) -> Answer<Upgrade> {
-        Ok(Response::new(Upgrade::default()))
+    async fn get_upgrade(&self, request: Request<GetUpgradeRequest>) -> Answer<Upgrade> {
+        self.0.play(&Break::of(&request))
     }
 
     async fn get_status(&self, _: Request<GetStatusRequest>) -> Answer<ServerStatus> {

@@ -1,0 +1,74 @@
+//! Planned takeovers under load: clean ones, and ones to which something happens at every step.
+
+mod common;
+
+use common::{assert_clean, config};
+use nebd_upgrade_tests::campaign::{
+    self, ACTIONS, CANDIDATE_POINTS, CampaignConfig, Kill, OWNER_POINTS,
+};
+
+#[test]
+fn planned_takeovers_with_every_backend() {
+    for backend in ["file", "mem", "fence-test"] {
+        let config = CampaignConfig { kinds: vec![Kill::Takeover], ..config(backend, 3, 10) };
+        assert_clean(&campaign::run(config).unwrap(), 10);
+    }
+}
+
+#[test]
+fn planned_takeovers_with_a_thread_pool_and_a_standby() {
+    let config = CampaignConfig {
+        kinds: vec![Kill::Takeover, Kill::SIGKILL],
+        file_engine: "threads",
+        standby: true,
+        ..config("file", 4, 12)
+    };
+    assert_clean(&campaign::run(config).unwrap(), 12);
+}
+
+#[test]
+fn planned_takeovers_and_deaths_in_turn_with_64_volumes() {
+    let config = CampaignConfig {
+        kinds: vec![Kill::Takeover, Kill::SIGKILL],
+        depth: 8,
+        volume_bytes: 2 << 20,
+        ..config("file", 64, 8)
+    };
+    assert_clean(&campaign::run(config).unwrap(), 8);
+}
+
+/// Every step of either side × a kill; the long run (`upgrade-tests soak --takeover-matrix`) has
+/// every other fault as well.
+#[test]
+fn a_death_at_every_step_of_a_takeover() {
+    let points = OWNER_POINTS.iter().chain(&CANDIDATE_POINTS);
+    let kinds: Vec<Kill> = points.map(|point| Kill::at(point, "kill")).collect();
+    let count = kinds.len();
+    let config = CampaignConfig { kinds, ..config("file", 2, count) };
+    assert_clean(&campaign::run(config).unwrap(), count);
+}
+
+/// The steps around the point of no return × every other fault.
+#[test]
+fn every_fault_around_the_point_of_no_return() {
+    let mut kinds = Vec::new();
+    for point in ["owner-frozen", "owner-fenced", "candidate-before-claim", "candidate-after-claim"]
+    {
+        for action in ACTIONS.into_iter().filter(|action| *action != "kill") {
+            kinds.push(Kill::at(point, action));
+        }
+    }
+    let count = kinds.len();
+    let config = CampaignConfig { kinds, ..config("file", 2, count) };
+    assert_clean(&campaign::run(config).unwrap(), count);
+}
+
+/// Frozen, overtaken, and continued: nothing of the old server gets through, though nobody kills
+/// it. The storage fences.
+#[test]
+fn the_fence_alone_holds_while_an_old_server_is_thawed() {
+    let mut config = config("fence-test", 2, 4);
+    config.kinds = ["owner-fenced", "owner-released"].map(|point| Kill::at(point, "stop")).into();
+    config.environment.push(("NEBD_TEST_SPARE_PREDECESSOR".into(), "1".into()));
+    assert_clean(&campaign::run(config).unwrap(), 4);
+}
