@@ -41,6 +41,9 @@ const ANSWER_TIME_MAX: Duration = Duration::from_secs(10);
 /// Volumes are opened in parallel: storage takes its time.
 const PREPARE_THREADS_MAX: usize = 16;
 
+/// A volume opened as an observer, or why it is not.
+type Opened = Result<Box<dyn PreparedVolume>, String>;
+
 /// Why a candidate does not become the server.
 #[derive(Debug, thiserror::Error)]
 pub enum CandidateError {
@@ -214,10 +217,7 @@ impl<'a> Candidate<'a> {
     }
 
     /// Opens volumes as an observer, several at a time.
-    fn open_all(
-        &self,
-        wanted: &BTreeSet<VolumeName>,
-    ) -> Vec<(VolumeName, Result<Box<dyn PreparedVolume>, String>)> {
+    fn open_all(&self, wanted: &BTreeSet<VolumeName>) -> Vec<(VolumeName, Opened)> {
         let server = &self.assembly.server;
         let names: Vec<&VolumeName> = wanted.iter().collect();
         let next = AtomicUsize::new(0);
