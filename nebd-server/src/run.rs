@@ -157,6 +157,8 @@ pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(
     assembly.host().announce_probes(1 + server.shards.len());
     if let Some(notifier) = &assembly.holdings.notifier {
         notifier.ready();
+    }
+    if seen.0 > 0 {
         crate::metrics::note_phase("start", start.elapsed());
     }
     crate::failpoint!("after-ready");

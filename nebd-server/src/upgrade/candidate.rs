@@ -41,6 +41,7 @@ const ANSWER_TIME_MAX: Duration = Duration::from_secs(10);
 /// Volumes are opened in parallel: storage takes its time.
 const PREPARE_THREADS_MAX: usize = 16;
 
+
 /// Why a candidate does not become the server.
 #[derive(Debug, thiserror::Error)]
 pub enum CandidateError {

@@ -119,8 +119,11 @@ fn complaint(server: &Server, begun: &Begun, elapsed: Duration) -> Option<String
     }
     server.sessions().iter().find_map(|session| {
         let now = tally(session);
-        let before = begun.get(&session.id).copied().unwrap_or_default();
-        let (errors, requests) = (now.0.saturating_sub(before.0), now.1.saturating_sub(before.1));
+        let since =
+            |before: &(u64, u64)| (now.0.saturating_sub(before.0), now.1.saturating_sub(before.1));
+        // One that came later has counted under predecessors too.
+        let (errors, requests) =
+            begun.get(&session.id).map_or_else(|| session.counted_here(), since);
         let is_bad = errors > ERRORS_MAX && errors * 1000 > requests * ERRORS_PER_MILLE_MAX;
         is_bad.then(|| {
             format!("volume {}: {errors} errors in {requests} requests", session.volume.name)

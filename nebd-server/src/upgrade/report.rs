@@ -135,7 +135,6 @@ impl Report {
             duration_us = step.duration_us,
             detail = step.detail
         );
-        crate::metrics::note_phase(name, Duration::from_micros(step.duration_us));
         self.message.steps.push(step);
     }
 
