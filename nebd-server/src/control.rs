@@ -280,8 +280,9 @@ impl Control {
                 ShardEvent::SuspectAnswered(session) => self.server.suspect_answered(session),
                 ShardEvent::Drained(session) => {
                     let server = self.server.clone();
+                    let pass = server.gate.enter("the end of a session");
                     self.server.jobs.spawn(move || {
-                        let _pass = server.gate.enter("the end of a session");
+                        let _pass = pass;
                         if server.queue_drained(session) {
                             server.notices.send(Notice::Ended(session));
                         }

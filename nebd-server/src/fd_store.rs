@@ -75,6 +75,11 @@ impl ServerStore {
         *self.journal.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
+    /// Whether it holds something of this name.
+    pub fn holds(&self, name: &str) -> bool {
+        self.held().contains_key(name)
+    }
+
     /// Holds what a predecessor hands over; the keeper has it already.
     pub fn adopt(&self, name: String, fd: OwnedFd) {
         self.held().insert(name, fd);

@@ -1,12 +1,13 @@
 //! The gate of the control plane.
 //!
 //! Whatever changes who is attached, which volumes there are or what the store holds passes it. A
-//! planned takeover closes the gate before it asks anything of the data path: what is under way
-//! ends, what comes waits, a moment only, and requests of guests go on.
+//! planned takeover closes the gate before it asks anything of the data path. It is closed at an
+//! instant at which nothing is under way; until there is one, everything passes: nobody, and no
+//! control thread that has to answer probes, waits for an operation of somebody else.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 /// See the module's documentation.
@@ -19,14 +20,16 @@ pub struct Gate {
 #[derive(Debug, Default)]
 struct State {
     is_closed: bool,
+    /// Somebody waits to close it.
+    is_awaited: bool,
     passes: BTreeMap<u64, Cow<'static, str>>,
     next: u64,
 }
 
 /// Held while something is under way.
 #[derive(Debug)]
-pub struct Pass<'a> {
-    gate: &'a Gate,
+pub struct Pass {
+    gate: Arc<Gate>,
     key: u64,
 }
 
@@ -35,8 +38,8 @@ impl Gate {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits while the gate is closed. Not to be nested: a thread passes once.
-    pub fn enter(&self, what: impl Into<Cow<'static, str>>) -> Pass<'_> {
+    /// Waits while the gate is closed. Who holds a pass gets another at once, to be handed to a job.
+    pub fn enter(self: &Arc<Self>, what: impl Into<Cow<'static, str>>) -> Pass {
         let state = self.state();
         let mut state = self
             .changed
@@ -45,24 +48,25 @@ impl Gate {
         state.next += 1;
         let key = state.next;
         state.passes.insert(key, what.into());
-        Pass { gate: self, key }
+        Pass { gate: self.clone(), key }
     }
 
-    /// Closes the gate and waits until nothing is under way. If something still is at `deadline`,
-    /// the gate is open again, and the error says what it was.
+    /// Closes the gate as soon as nothing is under way. If something is all the time until
+    /// `deadline`, the gate stays open, and the error says what it is at the end.
     pub fn close(&self, deadline: Instant) -> Result<(), Vec<String>> {
         let mut state = self.state();
-        state.is_closed = true;
+        state.is_awaited = true;
         while !state.passes.is_empty() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                state.is_closed = false;
-                self.changed.notify_all();
+                state.is_awaited = false;
                 return Err(state.passes.values().map(|what| what.to_string()).collect());
             }
             let waited = self.changed.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+        state.is_awaited = false;
+        state.is_closed = true;
         Ok(())
     }
 
@@ -73,11 +77,11 @@ impl Gate {
     }
 }
 
-impl Drop for Pass<'_> {
+impl Drop for Pass {
     fn drop(&mut self) {
         let mut state = self.gate.state();
         state.passes.remove(&self.key);
-        if state.passes.is_empty() && state.is_closed {
+        if state.passes.is_empty() && state.is_awaited {
             self.gate.changed.notify_all();
         }
     }
@@ -95,7 +99,7 @@ mod tests {
         let gate = Arc::new(Gate::default());
         let pass = gate.enter("an attach of file:a");
         assert_eq!(gate.close(Instant::now()), Err(vec!["an attach of file:a".to_owned()]));
-        drop(gate.enter("it is open again"));
+        drop(gate.enter("it is open"));
         let closer = {
             let gate = gate.clone();
             std::thread::spawn(move || gate.close(Instant::now() + Duration::from_secs(60)))

@@ -260,8 +260,23 @@ impl Assembly {
         &self.holdings.host
     }
 
+    /// Registers with the next keeper if this one is gone. A service manager has no life pipe: it
+    /// does not die before its services.
+    fn watch_keeper(&mut self) -> Result<(), RunError> {
+        match (&self.holdings.notifier, self.life.take()) {
+            (Some(notifier), Some(life)) => {
+                watch_keeper(Reregister::new(notifier.clone(), life), self.holdings.clone())
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Tells the keeper or service manager that this process is the server now.
-    pub(crate) fn announce(&self) {
+    pub(crate) fn announce(&mut self) {
+        // First: this keeper may die before it has heard.
+        if let Err(error) = self.watch_keeper() {
+            tracing::error!(%error, "the next keeper will not be found");
+        }
         if let Some(notifier) = &self.holdings.notifier {
             notifier.main_pid(std::process::id());
         }
@@ -288,14 +303,12 @@ impl Assembly {
         config: &Config,
         probation: Option<Probation>,
     ) -> Result<(), RunError> {
-        let Assembly { server, holdings, control, admin, life } = self;
+        let mut this = self;
+        this.watch_keeper()?;
+        let Assembly { server, holdings, control, admin, .. } = this;
         let admin = crate::admin::spawn(admin.into(), server.clone())
             .map_err(system("start the admin service"))?;
         server.upgrades.set_admin(admin);
-        // A service manager has no life pipe: it does not die before its services.
-        if let (Some(notifier), Some(life)) = (&holdings.notifier, life) {
-            watch_keeper(Reregister::new(notifier.clone(), life), holdings.clone())?;
-        }
         let service_manager = ServiceManager::of(holdings.notifier.clone());
         let probe = holdings.fds.get(nebd_keeper::names::PROBE).map(|fd| fd.try_clone());
         if let (Some(service_manager), Some(probe)) = (service_manager, probe) {

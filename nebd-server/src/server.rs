@@ -70,7 +70,7 @@ pub struct Server {
     quarantine: Mutex<Quarantine>,
     resize: Mutex<()>,
     /// Passed by whatever changes more than data.
-    pub gate: Gate,
+    pub gate: Arc<Gate>,
     /// Planned takeovers.
     pub upgrades: Upgrades,
     /// Volumes that a candidate has prepared and not opened yet.
@@ -123,7 +123,7 @@ impl Server {
             next_shard: AtomicUsize::new(0),
             quarantine: Mutex::default(),
             resize: Mutex::default(),
-            gate: Gate::default(),
+            gate: Arc::default(),
             upgrades: Upgrades::default(),
             prepared: Mutex::default(),
         }

@@ -368,14 +368,16 @@ impl Shard {
 
     /// Publishes what backends have answered, then calls each client once.
     fn reap(&mut self) -> bool {
+        if let Some(frozen) = self.frozen.as_mut().filter(|frozen| frozen.is_sealed) {
+            let before = frozen.kept.len();
+            self.lane.drain_unpublished(&mut frozen.kept);
+            let has_more = frozen.kept.len() > before;
+            self.tell_drained();
+            return has_more;
+        }
         self.lane.drain(&mut self.done);
         if self.done.is_empty() {
             return false;
-        }
-        if let Some(frozen) = self.frozen.as_mut().filter(|frozen| frozen.is_sealed) {
-            frozen.kept.append(&mut self.done);
-            self.tell_drained();
-            return true;
         }
         self.publish();
         true

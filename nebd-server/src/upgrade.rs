@@ -76,7 +76,8 @@ impl Upgrades {
         }
         match report.state() {
             UpgradeState::Running => return Err(AdminError::UpgradeRunning),
-            UpgradeState::Probation if kind == UpgradeKind::Upgrade => {
+            // Not even a check: the report is the probation's.
+            UpgradeState::Probation if kind != UpgradeKind::Rollback => {
                 return Err(AdminError::OnProbation);
             }
             _ => {}

@@ -70,6 +70,7 @@ fn every_message() -> Vec<(&'static str, Message)> {
         ("Fenced", Message::Fenced(Generation(8))),
         ("Released", Message::Released),
         ("Resumed", Message::Resumed),
+        ("Settled", Message::Settled),
         ("Dismissed", Message::Dismissed("enough".into())),
     ]
 }

@@ -175,12 +175,18 @@ impl Lane {
     /// The caller publishes these answers before it drains again: a backend takes that as proof that
     /// the client can see them.
     pub fn drain(&mut self, out: &mut Vec<Done>) {
+        self.drain_unpublished(out);
+        self.mailbox.drains.fetch_add(1, SeqCst);
+    }
+
+    /// The same for a caller that will not publish these answers, or not before it is known whether
+    /// another process owns the volumes: they prove nothing to a backend.
+    pub fn drain_unpublished(&mut self, out: &mut Vec<Done>) {
         self.advance();
         out.append(&mut self.done);
         while let Some(done) = self.mailbox.posts.pop() {
             out.push(done);
         }
-        self.mailbox.drains.fetch_add(1, SeqCst);
     }
 
     /// Moves what this thread itself has answered by now into `out`, and nothing else: unlike

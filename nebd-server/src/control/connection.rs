@@ -177,8 +177,10 @@ fn attach(control: &mut Control, key: u64, request: u64, message: Message, fds: 
     let socket = connection.socket.clone();
     let (peer, memories) = (connection.peer, connection.memories.clone());
     let server = control.server.clone();
+    // Taken here: between this and the job's beginning nobody may find that nothing is under way.
+    let pass = server.gate.enter(format!("an attach of {volume}"));
     control.server.jobs.spawn(move || {
-        let _pass = server.gate.enter(format!("an attach of {volume}"));
+        let _pass = pass;
         let attached = parse_fds(session, queue_count, &volume, fds).and_then(|fds| {
             let attachment = Attachment {
                 major: 0,
@@ -344,8 +346,9 @@ fn resize(control: &mut Control, key: u64, request: u64, operation: [u8; 16], si
         return control.reply(key, request, &not_attached());
     };
     let (socket, server) = (connection.socket.clone(), control.server.clone());
+    let pass = server.gate.enter(format!("a resize of {}", session.volume.name));
     control.server.jobs.spawn(move || {
-        let _pass = server.gate.enter(format!("a resize of {}", session.volume.name));
+        let _pass = pass;
         let answer = if session.is_read_only() {
             let text = format!("volume {} is attached read-only", session.volume.name);
             failed(Errno::ROFS, text)

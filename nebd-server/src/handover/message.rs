@@ -132,8 +132,10 @@ pub enum Message {
     Connections(Vec<(SessionId, OwnedFd)>),
     /// Owner: it has unlocked what had nothing at its storage any more.
     Released,
-    /// Candidate: what can be served is served; the old server is not needed any more.
+    /// Candidate: what can be served is served.
     Resumed,
+    /// Candidate, after [`Message::Resumed`]: the service manager knows it, the owner may exit.
+    Settled,
     /// Owner: the candidate is to exit.
     Dismissed(String),
 }
@@ -155,6 +157,7 @@ const DISMISSED: u16 = kind(10);
 const RELEASED: u16 = kind(11);
 /// Optional.
 const CONNECTIONS: u16 = 12;
+const SETTLED: u16 = 13;
 
 /// Tags. Those of different messages do not overlap, so that a field has one meaning.
 mod tag {
@@ -275,6 +278,7 @@ impl Message {
             }
             Message::Released => (RELEASED, fields),
             Message::Resumed => (RESUMED, fields),
+            Message::Settled => (SETTLED, fields),
             Message::Dismissed(reason) => (DISMISSED, fields.with(tag::REASON, reason)),
         }
     }
@@ -303,6 +307,7 @@ impl Message {
                 Ok(Message::Connections(sessions.into_iter().zip(fds).collect()))
             }
             RELEASED => wire::parse(body, &[]).map(|_| Message::Released),
+            SETTLED => wire::parse(body, &[]).map(|_| Message::Settled),
             RESUMED => wire::parse(body, &[]).map(|_| Message::Resumed),
             DISMISSED => reason(body).map(Message::Dismissed),
             number => Err(WireError::Unknown { what: "message", number }),

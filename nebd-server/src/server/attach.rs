@@ -453,6 +453,14 @@ impl Server {
         self.entries().insert(id, entry);
     }
 
+    /// Tries again to start a stored session, until it is served.
+    pub(crate) fn resume_stored(&self, id: SessionId) {
+        match self.stored_request(id) {
+            Ok(request) => self.resume(request),
+            Err(error) => tracing::error!(session = %id, %error, "a session is lost"),
+        }
+    }
+
     /// Starts the sessions that have their places, each on a thread of its own.
     pub fn resume_all(self: &Arc<Self>, requests: Vec<AttachRequest>) {
         let (start, left) = (Instant::now(), Arc::new(AtomicUsize::new(requests.len())));

@@ -4,7 +4,7 @@
 //! every client judged, every region mapped, every volume opened as an observer and read. After the
 //! claim there are locks to take, rings to look at, and queues to give to shards that wait for them.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -35,12 +35,13 @@ use crate::shard::monotonic_ns;
 const ORDER_TIME_MAX: Duration = Duration::from_secs(120);
 /// From the claim to the owner's locks being given up; guests stand still meanwhile.
 const RELEASE_TIME_MAX: Duration = Duration::from_millis(250);
+/// What is not served after this is served later, on threads of its own.
+const RESUME_TIME_MAX: Duration = Duration::from_millis(500);
 /// From then to its end.
 const LINGER_TIME_MAX: Duration = Duration::from_secs(15);
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(10);
 /// Volumes are opened in parallel: storage takes its time.
 const PREPARE_THREADS_MAX: usize = 16;
-
 
 /// Why a candidate does not become the server.
 #[derive(Debug, thiserror::Error)]
@@ -191,6 +192,7 @@ impl<'a> Candidate<'a> {
                 Ok(request) => _ = self.sessions.insert(id, request),
                 Err(error) => {
                     tracing::warn!(session = %id, %error, "a stored session cannot be mapped");
+                    prepared.failures.push((id.to_string(), error.to_string()));
                 }
             }
         }
@@ -263,6 +265,9 @@ impl<'a> Candidate<'a> {
         let planned = Some(crate::metrics::TakeoverKind::Planned);
         crate::metrics::start(&*server.store, generation, planned);
         server.upgrades.report().adopt(&frozen.report, &state_dir, &self.hello.binary);
+        let stored = server.stored_sessions();
+        // One that speaks for nothing is closed: its client comes back and says what it wants.
+        self.connections.retain(|(session, _)| stored.contains(session));
         self.assembly.control.adopt(std::mem::take(&mut self.connections));
         self.await_release()?;
         server.upgrades.report().step("FENCE", begin, format!("generation {generation}"));
@@ -270,8 +275,9 @@ impl<'a> Candidate<'a> {
         let served = self.resume(&frozen.left);
         let blackouts = blackouts(&frozen.last_ns, &served);
         crate::failpoint!("candidate-resumed");
-        self.assembly.settle();
         let _ = Message::Resumed.send(self.socket, Instant::now() + ANSWER_TIME_MAX);
+        self.assembly.settle();
+        let _ = Message::Settled.send(self.socket, Instant::now() + ANSWER_TIME_MAX);
         for Blackout { volume, blackout_us, .. } in &blackouts {
             if let Ok(volume) = volume.parse() {
                 crate::metrics::note_blackout(&volume, Duration::from_micros(*blackout_us));
@@ -313,12 +319,15 @@ impl<'a> Candidate<'a> {
     fn resume(&mut self, left: &[SessionId]) -> Vec<(SessionId, VolumeName, u64)> {
         let server = &self.assembly.server;
         let left: HashSet<SessionId> = left.iter().copied().collect();
-        let mut requests = Vec::with_capacity(self.sessions.len());
-        let mut later = Vec::new();
+        let volume_of = |request: &AttachRequest| request.region.params().volume.clone();
+        // A lock is a volume's: all of its sessions wait if one has requests at its storage.
+        let locked: HashSet<VolumeName> =
+            left.iter().filter_map(|id| self.sessions.get(id).map(volume_of)).collect();
+        let (mut now, mut later) = (VecDeque::new(), Vec::new());
         for id in server.stored_sessions() {
             let request = match self.sessions.remove(&id) {
-                Some(request) if !left.contains(&id) => {
-                    requests.push(Mutex::new(Some(request)));
+                Some(request) if !locked.contains(&volume_of(&request)) => {
+                    now.push_back(request);
                     continue;
                 }
                 Some(request) => Ok(request),
@@ -329,50 +338,64 @@ impl<'a> Candidate<'a> {
                 Err(error) => tracing::warn!(session = %id, %error, "cannot resume a session"),
             }
         }
-        let each = |request: &Mutex<Option<AttachRequest>>, act: &dyn Fn(AttachRequest)| {
-            let request = request.lock().unwrap_or_else(PoisonError::into_inner).take();
-            request.into_iter().for_each(act);
-        };
-        for request in &requests {
-            let request = request.lock().unwrap_or_else(PoisonError::into_inner);
-            request.iter().for_each(|request| server.reserve_for(request));
-        }
-        later.iter().for_each(|request| server.reserve_for(request));
-        let (next, served) = (AtomicUsize::new(0), Mutex::new(Vec::with_capacity(requests.len())));
-        let again = Mutex::new(Vec::new());
-        let work = || {
-            while let Some(request) = requests.get(next.fetch_add(1, Relaxed)) {
-                each(request, &|request| {
-                    let id = request.region.params().session;
-                    let volume = request.region.params().volume.clone();
-                    match server.attach(request) {
-                        Ok(_) => {
-                            let mut served = served.lock().unwrap_or_else(PoisonError::into_inner);
-                            served.push((id, volume, monotonic_ns()));
-                        }
-                        Err(error) => {
-                            tracing::warn!(session = %id, %error, "session waits");
-                            again.lock().unwrap_or_else(PoisonError::into_inner).push(id);
-                        }
-                    }
-                });
-            }
-        };
-        std::thread::scope(|scope| {
-            let threads = std::thread::available_parallelism().map_or(1, usize::from);
-            for _ in 1..threads.min(requests.len()) {
-                scope.spawn(work);
-            }
-            work();
-        });
-        for id in again.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        now.iter().chain(&later).for_each(|request| server.reserve_for(request));
+        let (served, again) = self.attach_all(now);
+        for id in again {
             match server.stored_request(id) {
                 Ok(request) => later.push(request),
                 Err(error) => tracing::error!(session = %id, %error, "a session is lost"),
             }
         }
         server.resume_all(later);
-        served.into_inner().unwrap_or_else(PoisonError::into_inner)
+        served
+    }
+
+    /// Attaches these on a few threads, and returns those that are served after a while, and those
+    /// that are to be tried again. One that waits for its storage holds up nothing but its thread.
+    fn attach_all(
+        &self,
+        requests: VecDeque<AttachRequest>,
+    ) -> (Vec<(SessionId, VolumeName, u64)>, Vec<SessionId>) {
+        let count = requests.len();
+        let queue = Arc::new(Mutex::new(requests));
+        let (sender, results) = crossbeam::channel::unbounded();
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        for _ in 0..threads.min(count) {
+            let (server, queue) = (self.assembly.server.clone(), queue.clone());
+            let sender = sender.clone();
+            self.assembly.server.jobs.spawn(move || {
+                let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+                while let Some(request) = next() {
+                    let id = request.region.params().session;
+                    let volume = request.region.params().volume.clone();
+                    let result = match server.attach(request) {
+                        Ok(_) => Ok((id, volume, monotonic_ns())),
+                        Err(error) => {
+                            tracing::warn!(session = %id, %error, "session waits");
+                            Err(id)
+                        }
+                    };
+                    if let Err(late) = sender.send(result)
+                        && let Err(id) = late.into_inner()
+                    {
+                        // Nobody waits any more.
+                        server.resume_stored(id);
+                    }
+                }
+            });
+        }
+        let deadline = Instant::now() + RESUME_TIME_MAX;
+        let (mut served, mut again) = (Vec::with_capacity(count), Vec::new());
+        while served.len() + again.len() < count {
+            match results.recv_deadline(deadline) {
+                Ok(Ok(one)) => served.push(one),
+                Ok(Err(id)) => again.push(id),
+                Err(_) => break,
+            }
+        }
+        let rest = std::mem::take(&mut *queue.lock().unwrap_or_else(PoisonError::into_inner));
+        self.assembly.server.resume_all(rest.into());
+        (served, again)
     }
 }
 

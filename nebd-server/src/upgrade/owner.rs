@@ -9,11 +9,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command as Process, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, RecvTimeoutError};
+use crossbeam::channel::Receiver;
 use nebd_abi::VolumeName;
-use nebd_abi::layout::SessionId;
+use nebd_abi::layout::{ServerState, SessionId, features};
+use nebd_abi::region::Region;
 use nebd_backend::FdStore;
 use nebd_rpc::admin::{self, ClientSupport, UpgradeKind, UpgradeState};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
@@ -29,12 +31,18 @@ use crate::shard::{Command, Freeze, FreezeEvent, monotonic_ns};
 
 /// What is under way in the control plane may take this long to end.
 const GATE_TIME_MAX: Duration = Duration::from_secs(5);
+/// Rounds in which the candidate catches up before the gate is closed.
+const DELTA_ROUNDS_MAX: usize = 5;
+/// Longest wait for the service manager to hear of the new server.
+const SETTLE_TIME_MAX: Duration = Duration::from_secs(30);
 /// Guests stand still while this runs.
 const FENCE_TIME_MAX: Duration = Duration::from_secs(1);
 /// What can be served at once is served within milliseconds; a new server that is silent for this
 /// long is frozen, and the next one is quicker than its thaw.
 const RESUME_TIME_MAX: Duration = Duration::from_secs(2);
 const LINGER_TIME_MAX: Duration = Duration::from_secs(10);
+/// Between looks at the new server while requests are still at their storage.
+const DRAIN_PAUSE: Duration = Duration::from_millis(2);
 /// Entries of the store in one message.
 const OFFER_ENTRIES_MAX: usize = 128;
 /// Descriptors that a candidate needs for each entry of the store, and for itself.
@@ -235,11 +243,10 @@ impl Owner<'_> {
                 pid: params.client_pid,
                 version: params.client_version.clone(),
                 layout: params.version as u32,
-                features_required: session
-                    .region
-                    .header()
-                    .features_required
-                    .load(std::sync::atomic::Ordering::Relaxed),
+                // Of the word in shared memory only what this server knows counts: the rest was
+                // not there when the session was attached.
+                features_required: session.region.header().features_required.load(Relaxed)
+                    & features::REQUIRED_KNOWN,
             }
         };
         sessions.iter().map(describe).collect()
@@ -299,11 +306,12 @@ impl Owner<'_> {
                 .iter()
                 .filter_map(|(name, fd)| Some((name.as_str(), fd.as_ref()?.as_fd())))
                 .collect();
-            let gone: Vec<String> = fetched
-                .iter()
-                .filter(|(_, fd)| fd.is_none())
-                .map(|(name, _)| (*name).clone())
-                .collect();
+            let absent = fetched.iter().filter(|(_, fd)| fd.is_none());
+            let gone: Vec<String> = absent.map(|(name, _)| (*name).clone()).collect();
+            if gone.iter().any(|name| self.server.store.holds(name)) {
+                // It is there and cannot be duplicated: no descriptors are left.
+                return Err(WireError::System(rustix::io::Errno::MFILE.into()));
+            }
             send_offer(&candidate.socket, &entries, &gone, deadline)?;
         }
         Ok(())
@@ -326,15 +334,7 @@ impl Owner<'_> {
             Message::Prepared(prepared) => prepared,
             other => return Err(failed(step)(unexpected(&other))),
         };
-        // What this server cannot have open either is no reason to stay.
-        let served: HashSet<String> =
-            self.server.sessions().iter().map(|s| s.volume.name.to_string()).collect();
-        let failures: Vec<String> = prepared
-            .failures
-            .iter()
-            .filter(|(what, _)| served.contains(what) || what.is_empty())
-            .map(|(what, why)| format!("{what}: {why}"))
-            .collect();
+        let failures = self.judge_failures(&prepared);
         if !failures.is_empty() {
             return Err(failed(step)(failures.join("; ")));
         }
@@ -343,18 +343,67 @@ impl Owner<'_> {
         Ok(prepared)
     }
 
-    /// The control plane stands still from here on; what it did since OFFER follows.
+    /// Those of a candidate's failures that are reasons to stay.
+    fn judge_failures(&self, prepared: &Prepared) -> Vec<String> {
+        let sessions = self.server.sessions();
+        let served: HashSet<String> = sessions.iter().map(|s| s.volume.name.to_string()).collect();
+        let counts = |(what, why): &(String, String)| {
+            if let Ok(id) = what.parse::<SessionId>() {
+                let session = self.server.session(id)?;
+                if self.is_broken(&session) {
+                    return None;
+                }
+                return Some(format!("{}, session {id}: {why}", session.volume.name));
+            }
+            // What this server cannot have open either is no reason; and the way back from a bad
+            // server is open whatever else is wrong.
+            let is_reason = what.is_empty()
+                || served.contains(what) && self.order.kind != UpgradeKind::Rollback;
+            is_reason.then(|| format!("{what}: {why}"))
+        };
+        prepared.failures.iter().filter_map(counts).collect()
+    }
+
+    /// Whether a client has made its own region unreadable. It must not hold up everybody's
+    /// upgrade: its session ends, as after any other nonsense.
+    fn is_broken(&self, session: &crate::session::Session) -> bool {
+        let Ok(region) = session.region.memory().fd().try_clone_to_owned() else { return false };
+        let Err(error) = Region::open(region) else { return false };
+        if matches!(error, nebd_abi::region::RegionError::System { .. }) {
+            return false;
+        }
+        tracing::warn!(session = %session.id, volume = %session.volume.name, %error,
+            "session detached: its client has broken its region");
+        session.publish_state(ServerState::Detached);
+        self.server.end_session(session.id);
+        true
+    }
+
+    /// Has the candidate prepare what changed since OFFER until nothing does, and then has the
+    /// control plane stand still.
     fn close_gate(&self) -> Result<(), Failure> {
         let begin = monotonic_ns();
+        let mut changed = 0;
+        for _ in 0..DELTA_ROUNDS_MAX {
+            let round = self.offer_changes(Instant::now() + self.holdings.step);
+            let round = round.map_err(failed("READY"))?;
+            changed += round;
+            self.prepare("READY")?;
+            if round == 0 || self.order.kind == UpgradeKind::DryRun {
+                break;
+            }
+        }
+        if self.order.kind == UpgradeKind::DryRun {
+            return Ok(());
+        }
         self.server
             .gate
             .close(Instant::now() + GATE_TIME_MAX)
             .map_err(|busy| failed("READY")(format!("still under way: {}", busy.join(", "))))?;
-        let changed =
-            self.offer_changes(Instant::now() + self.holdings.step).map_err(failed("READY"))?;
-        self.prepare("READY").inspect_err(|_| self.server.gate.open())?;
-        if changed > 0 {
-            let detail = format!("{changed} descriptors changed meanwhile");
+        // What came in between is prepared by the candidate after the claim.
+        let last = self.offer_changes(Instant::now() + FENCE_TIME_MAX).map_err(failed("READY"))?;
+        if changed + last > 0 {
+            let detail = format!("{} descriptors changed meanwhile", changed + last);
             self.server.upgrades.report().step("DELTA", begin, detail);
         }
         Ok(())
@@ -438,42 +487,74 @@ impl Owner<'_> {
         if let Ok(socket) = self.socket() {
             let _ = Message::Released.send(socket, Instant::now() + FENCE_TIME_MAX);
         }
-        self.server.upgrades.stop_admin();
-        let deadline = Instant::now() + LINGER_TIME_MAX;
-        while !waiting.is_empty() {
-            match events.recv_deadline(deadline) {
+        let server = self.server.clone();
+        // On a thread of its own: it waits for calls that run.
+        let _ = std::thread::Builder::new().spawn(move || server.upgrades.stop_admin());
+        self.see_out(waiting, events)
+    }
+
+    /// Unlocks what is drained later, and goes once the new server serves and the service manager
+    /// knows it.
+    fn see_out(
+        &mut self,
+        mut waiting: BTreeMap<VolumeName, usize>,
+        events: &Receiver<FreezeEvent>,
+    ) -> Result<Never, Failure> {
+        let begin = Instant::now();
+        let (mut has_resumed, mut has_settled) = (false, false);
+        loop {
+            if !waiting.is_empty() && begin.elapsed() > LINGER_TIME_MAX {
+                // The kernel lets go of their locks once their last request has ended.
+                waiting.clear();
+            }
+            let pause = if waiting.is_empty() { RESUME_TIME_MAX } else { DRAIN_PAUSE };
+            match events.recv_timeout(if waiting.is_empty() { Duration::ZERO } else { pause }) {
                 Ok(FreezeEvent::Drained(id)) => {
-                    let Some(name) = volume_of(id) else { continue };
+                    let name = self.server.session(id).map(|s| s.volume.name.clone());
+                    let Some(name) = name else { continue };
                     let Some(count) = waiting.get_mut(&name) else { continue };
                     *count -= 1;
                     if *count == 0 {
                         waiting.remove(&name);
                         self.relinquish(&name);
                     }
+                    continue;
                 }
-                Ok(FreezeEvent::Sealed { .. }) => {}
-                // The kernel lets go of their locks once their last request has ended.
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
+                Ok(FreezeEvent::Sealed { .. }) => continue,
+                Err(_) => {}
+            }
+            if waiting.is_empty() {
+                crate::failpoint!("owner-released");
+            }
+            let limit = if has_resumed { SETTLE_TIME_MAX } else { RESUME_TIME_MAX };
+            let deadline = begin + limit;
+            let until = if waiting.is_empty() { deadline } else { Instant::now() };
+            let heard = self.socket().map(|socket| Message::receive(socket, until));
+            match heard {
+                Ok(Ok(Message::Resumed)) => has_resumed = true,
+                Ok(Ok(Message::Settled)) => has_settled = true,
+                Ok(Ok(_)) => {}
+                Ok(Err(WireError::Late(_))) if Instant::now() < deadline => {}
+                _ if has_resumed => has_settled = true,
+                _ => self.give_up_new_server(),
+            }
+            if has_settled && waiting.is_empty() {
+                tracing::info!(event = "takeover", "handed over; this server goes");
+                crate::failpoint!("owner-linger");
+                std::process::exit(0);
             }
         }
-        crate::failpoint!("owner-released");
-        // The service manager must hear of the new one before it sees the end of the old one.
-        let resumed = self.socket().and_then(|socket| {
-            let deadline = Instant::now() + RESUME_TIME_MAX;
-            Message::receive(socket, deadline).map_err(failed("RESUME"))
-        });
-        if !matches!(resumed, Ok(Message::Resumed)) {
-            tracing::error!(event = "takeover", "the new server does not serve; it is killed");
-            if let Some(candidate) = &mut self.candidate
-                && let Err(error) = candidate.child.kill().and_then(|()| candidate.child.wait())
-            {
-                tracing::error!(%error, "the end of the new server cannot be awaited");
-            }
-            std::process::exit(1);
+    }
+
+    /// The new server has not served within the time, or has died: the next one is the keeper's.
+    fn give_up_new_server(&mut self) {
+        tracing::error!(event = "takeover", "the new server does not serve; it is killed");
+        if let Some(candidate) = &mut self.candidate
+            && let Err(error) = candidate.child.kill().and_then(|()| candidate.child.wait())
+        {
+            tracing::error!(%error, "the end of the new server cannot be awaited");
         }
-        tracing::info!(event = "takeover", "handed over; this server goes");
-        crate::failpoint!("owner-linger");
-        std::process::exit(0);
+        std::process::exit(1);
     }
 
     fn relinquish(&self, name: &VolumeName) {
@@ -564,6 +645,10 @@ fn check_binary(path: &PathBuf) -> Result<(), String> {
     }
     if metadata.mode() & 0o002 != 0 {
         return Err(format!("{shown} can be written by everybody; chmod o-w it"));
+    }
+    let group = rustix::process::getegid().as_raw();
+    if metadata.mode() & 0o020 != 0 && metadata.gid() != 0 && metadata.gid() != group {
+        return Err(format!("{shown} can be written by group {}; chmod g-w it", metadata.gid()));
     }
     Ok(())
 }

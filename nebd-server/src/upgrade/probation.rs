@@ -25,6 +25,7 @@ use crate::session::Session;
 
 /// Between looks.
 const PERIOD: Duration = Duration::from_secs(1);
+const PAUSE_MIN: Duration = Duration::from_millis(10);
 /// Clients write down what they saw of the takeover with their first completion after it.
 const BLACKOUT_TIME: Duration = Duration::from_millis(200);
 /// A session that is not served this long after the takeover is a reason to go back.
@@ -65,30 +66,42 @@ impl Probation {
             std::thread::sleep(BLACKOUT_TIME.min(self.length));
             take_blackouts(server);
         }
-        while start.elapsed() < self.length {
-            if let Some(reason) = complaint(server, &begun, start.elapsed()) {
-                return go_back(server, &reason);
+        let mut has_failed = false;
+        loop {
+            let elapsed = start.elapsed();
+            if elapsed < self.length
+                && !is_left(server)
+                && let Some(reason) = complaint(server, &begun, elapsed)
+            {
+                has_failed = true;
+                go_back(server, &reason);
             }
-            let left = self.length.saturating_sub(start.elapsed());
+            let left = self.length.saturating_sub(elapsed);
             {
                 let mut report = server.upgrades.report();
-                if report.state() != UpgradeState::Probation {
-                    // The operator has decided already.
+                // A way back that failed leaves this server on probation, whatever the report says.
+                if left.is_zero() && report.state() != UpgradeState::Running {
+                    // Under the lock: no way back may begin in between.
+                    if let Some(notifier) = holdings.notifier.as_ref().filter(|_| !has_failed) {
+                        notifier.binary(&holdings.binary);
+                    }
+                    if report.state() == UpgradeState::Probation {
+                        report.step("PROBATION", begin_ns, "nothing to complain of");
+                        report.finish(UpgradeState::Done, "");
+                    }
                     return;
                 }
                 report.set_probation_left_ms(left.as_millis() as u64);
             }
-            std::thread::sleep(PERIOD.min(left));
-        }
-        if let Some(notifier) = &holdings.notifier {
-            notifier.binary(&holdings.binary);
-        }
-        let mut report = server.upgrades.report();
-        if report.state() == UpgradeState::Probation {
-            report.step("PROBATION", begin_ns, "nothing to complain of");
-            report.finish(UpgradeState::Done, "");
+            // A little even at the end: a way back may be under way.
+            std::thread::sleep(PERIOD.min(left.max(PAUSE_MIN)));
         }
     }
+}
+
+/// Whether a way back is under way.
+fn is_left(server: &Server) -> bool {
+    server.upgrades.report().state() == UpgradeState::Running
 }
 
 /// What the clients saw, in place of what the servers reckoned, where they have noted it.

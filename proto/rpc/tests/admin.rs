@@ -130,12 +130,8 @@ fn upgrades() {
         probation_ms: 5,
     };
     check(start, "0a010110021a01632201642805");
-    let server = |pid| admin::Server {
-        version: "a".into(),
-        binary: "b".into(),
-        pid,
-        generation: 4,
-    };
+    let server =
+        |pid| admin::Server { version: "a".into(), binary: "b".into(), pid, generation: 4 };
     let upgrade = Upgrade {
         operation_id: vec![1].into(),
         kind: 1,

@@ -15,7 +15,7 @@ const BIN: &str = "/usr/bin/";
 const CONFIGURATION: &str = "/etc/nebd/";
 /// `systemd-analyze security`: tenths of what it calls exposure, 100 at most. README.md has what is
 /// left out.
-const EXPOSURE_MAX: u32 = 15;
+const EXPOSURE_MAX: u32 = 16;
 
 /// The units' texts by name, with the paths of this installation.
 fn units(bin_dir: &Path, configuration: &Path) -> Result<Vec<(String, String)>> {
@@ -137,8 +137,9 @@ mod tests {
         let keys = sample.lines().filter_map(|line| Some(line.split_once(" = ")?.0));
         let keys = keys.filter_map(|key| key.strip_prefix('#'));
         let sections = sample.lines().filter_map(|line| line.strip_prefix('[')?.strip_suffix(']'));
-        let all: BTreeSet<String> = keys.chain(sections).map(str::to_owned).collect();
-        assert_eq!(all, keys_of_the_server());
+        let mut all: Vec<String> = keys.chain(sections).map(str::to_owned).collect();
+        all.sort();
+        assert_eq!(all, keys_of_the_server().into_iter().collect::<Vec<_>>());
     }
 
     #[test]
