@@ -185,6 +185,9 @@ impl Volume for FenceTestVolume {
         self.link.close();
     }
 
-    /// The store knows the successor's epoch, and refuses ours: that it does so is what is tested.
-    fn relinquish(&self) {}
+    /// The store refuses what we send from now on; what it has answered already must not reach the
+    /// memory of clients.
+    fn relinquish(&self) {
+        self.link.relinquish();
+    }
 }

@@ -215,8 +215,9 @@ pub trait Volume: Send + Sync {
     /// that is dropped without this (a takeover) leaves its store entries to the successor.
     fn close(&self);
 
-    /// This process gives the volume up to a successor, for good: nothing is in flight, and nothing
-    /// will be submitted. Gives up the lock, and leaves store entries to the successor; from here on
+    /// This process gives the volume up to a successor, for good: nothing will be submitted, and
+    /// nothing is in flight, unless its storage fences; then what is in flight must not touch the
+    /// memory of clients once this has returned, and is never answered. Gives up the lock, and leaves store entries to the successor; from here on
     /// `close` does nothing. What is submitted all the same fails where the storage could not tell
     /// it from the successor's. Quick.
     fn relinquish(&self);

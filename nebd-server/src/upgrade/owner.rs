@@ -27,6 +27,7 @@ use crate::handover::message::{
 use crate::handover::wire::WireError;
 use crate::holdings::Holdings;
 use crate::server::Server;
+use crate::volume::OpenVolume;
 use crate::shard::{Command, Freeze, FreezeEvent, monotonic_ns};
 
 /// What is under way in the control plane may take this long to end.
@@ -481,8 +482,16 @@ impl Owner<'_> {
         }
         let open: BTreeSet<VolumeName> =
             self.server.sessions().iter().map(|session| session.volume.name.clone()).collect();
-        for name in open.iter().filter(|name| !waiting.contains_key(*name)) {
-            self.relinquish(name);
+        for name in &open {
+            let fences = |volume: Arc<OpenVolume>| volume.capabilities.fences;
+            if self.server.volumes.open(name).is_some_and(fences) {
+                // The new server does not wait for what is in flight here: it must not touch the
+                // memory of clients any more.
+                waiting.remove(name);
+            }
+            if !waiting.contains_key(name) {
+                self.relinquish(name);
+            }
         }
         if let Ok(socket) = self.socket() {
             let _ = Message::Released.send(socket, Instant::now() + FENCE_TIME_MAX);

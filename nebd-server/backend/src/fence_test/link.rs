@@ -45,6 +45,8 @@ struct State {
     connection_number: u64,
     is_broken: bool,
     is_closing: bool,
+    /// The memory of requests is a successor's: it may have answered them, and clients used it anew.
+    is_relinquished: bool,
     /// The store has told us that we were replaced. Our requests are our successor's now: to answer
     /// them would be to lie to the client.
     fenced: Vec<Request>,
@@ -68,6 +70,11 @@ impl Link {
         let thread = std::thread::Builder::new().name("fence-test-send".into());
         thread.stack_size(256 * 1024).spawn(move || sender.send_all())?;
         Ok(Link { shared })
+    }
+
+    /// From when this returns on, no memory of a request is touched.
+    pub(super) fn relinquish(&self) {
+        self.shared.lock().is_relinquished = true;
     }
 
     /// Takes a request; never blocks for longer than a copy.
@@ -204,9 +211,12 @@ impl Shared {
                 }
                 state.fenced.push(request);
             }
+            // No fence keeps an answer of earlier from the memory that it was meant for.
+            0 if state.is_relinquished => state.fenced.push(request),
             0 => {
-                drop(state);
+                // Under the lock: nothing is being copied when `relinquish` returns.
                 let is_whole = request.op != Op::Read || fill(&request, payload);
+                drop(state);
                 request.complete_remote(if is_whole { Ok(()) } else { Err(Errno::IO) });
             }
             errno => {
