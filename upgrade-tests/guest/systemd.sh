@@ -307,9 +307,13 @@ getent_gid() {
 }
 
 echo "GUEST systemd $(systemctl --version | head -n 1), $(uname -r), after $(cut -d ' ' -f 1 /proc/uptime) s"
-for i in 1 2 3; do nice -n 5 sh -c 'while :; do :; done' & done
-for i in 11 12 13 14 15 16 17 18 19 20; do
-    upgrade-tests run /dev/nvme1n1 --depth 32 --seconds 30 --seed $i 2>&1 | sed 's/^/RAW /'
+prepare
+activation
+for i in 1 2; do nice -n 5 sh -c 'while :; do :; done' & done
+for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do
+    start_load file:image file:device mem:memory
+    sleep 22
+    stop_load "round $i"
 done
 echo GUEST-DONE
 power_off

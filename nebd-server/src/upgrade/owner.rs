@@ -27,8 +27,8 @@ use crate::handover::message::{
 use crate::handover::wire::WireError;
 use crate::holdings::Holdings;
 use crate::server::Server;
-use crate::volume::OpenVolume;
 use crate::shard::{Command, Freeze, FreezeEvent, monotonic_ns};
+use crate::volume::OpenVolume;
 
 /// What is under way in the control plane may take this long to end.
 const GATE_TIME_MAX: Duration = Duration::from_secs(5);

@@ -2,7 +2,7 @@
 //!
 //! An ordinary store to memory that is in no cache reads the line first, only to overwrite it, and
 //! then pushes something useful out of the cache. Streaming stores do neither: for a mebibyte 10
-//! GB/s in place of 6 (`mc` in decision 0010), for 4 KiB no difference worth the barrier.
+//! GB/s in place of 6 (decision 0011), for 4 KiB no difference worth the barrier.
 
 /// From here on streaming stores pay.
 const STREAM_BYTES_MIN: usize = 64 << 10;
