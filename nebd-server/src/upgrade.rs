@@ -11,9 +11,11 @@
 //! it to the one that follows, which is the old binary again.
 
 mod candidate;
+mod checks;
 mod owner;
 mod probation;
 mod report;
+mod seals;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};

@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command as Process, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -21,6 +21,8 @@ use nebd_rpc::admin::{self, ClientSupport, UpgradeKind, UpgradeState};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use super::Order;
+use super::checks::{check_binary, check_means};
+use super::seals::Seals;
 use crate::handover::message::{
     self, Client, Frozen, Hello, Message, Prepared, Purpose, Welcome, send_offer,
 };
@@ -46,11 +48,6 @@ const LINGER_TIME_MAX: Duration = Duration::from_secs(10);
 const DRAIN_PAUSE: Duration = Duration::from_millis(2);
 /// Entries of the store in one message.
 const OFFER_ENTRIES_MAX: usize = 128;
-/// Descriptors that a candidate needs for each entry of the store, and for itself.
-const DESCRIPTORS_PER_ENTRY: u64 = 3;
-const DESCRIPTORS_MIN: u64 = 512;
-/// Memory that a candidate needs beside what it maps.
-const MEMORY_KIB_MIN: u64 = 64 << 10;
 
 /// Why a takeover did not come about.
 #[derive(Debug, thiserror::Error)]
@@ -597,131 +594,9 @@ impl Owner<'_> {
     }
 }
 
-/// What the shards said when they were sealed.
-struct Seals {
-    /// Sessions with requests at their storage, once for each of their queues.
-    left: Vec<SessionId>,
-    last_ns: BTreeMap<[u8; 16], u64>,
-}
-
-impl Seals {
-    /// Waits until every shard is sealed: only then may anybody claim. One that was sealed early may
-    /// tell of its last answers before another is sealed.
-    fn collect(shards: usize, events: &Receiver<FreezeEvent>, deadline: Instant) -> Option<Seals> {
-        let mut seals = Seals { left: Vec::new(), last_ns: BTreeMap::new() };
-        let (mut sealed, mut drained) = (0, Vec::new());
-        while sealed < shards {
-            match events.recv_deadline(deadline).ok()? {
-                FreezeEvent::Sealed { left, last_ns } => {
-                    sealed += 1;
-                    seals.left.extend(left);
-                    for (session, ns) in last_ns {
-                        let last = seals.last_ns.entry(session.0).or_default();
-                        *last = ns.max(*last);
-                    }
-                }
-                FreezeEvent::Drained(session) => drained.push(session),
-            }
-        }
-        for session in drained {
-            if let Some(at) = seals.left.iter().position(|left| *left == session) {
-                seals.left.swap_remove(at);
-            }
-        }
-        Some(seals)
-    }
-}
-
 fn unexpected(message: &Message) -> String {
     match message {
         Message::Refused(reason) | Message::Dismissed(reason) => reason.clone(),
         _ => "the candidate sent a message that nobody asked for".into(),
-    }
-}
-
-/// Refuses what is no executable, and what others could have put there.
-fn check_binary(path: &PathBuf) -> Result<(), String> {
-    use std::os::unix::fs::MetadataExt;
-    let shown = path.display();
-    let metadata =
-        std::fs::metadata(path).map_err(|error| format!("{shown} cannot be used: {error}"))?;
-    if !path.is_absolute() || !metadata.is_file() || metadata.mode() & 0o111 == 0 {
-        return Err(format!("{shown} is no executable file with an absolute path"));
-    }
-    let own = rustix::process::geteuid().as_raw();
-    if metadata.uid() != 0 && metadata.uid() != own {
-        return Err(format!("{shown} belongs to user {}, not to root or {own}", metadata.uid()));
-    }
-    if metadata.mode() & 0o002 != 0 {
-        return Err(format!("{shown} can be written by everybody; chmod o-w it"));
-    }
-    let group = rustix::process::getegid().as_raw();
-    if metadata.mode() & 0o020 != 0 && metadata.gid() != 0 && metadata.gid() != group {
-        return Err(format!("{shown} can be written by group {}; chmod g-w it", metadata.gid()));
-    }
-    Ok(())
-}
-
-/// Refuses a host that has no room for two servers.
-fn check_means(server: &Server) -> Result<(), String> {
-    let stored = server.store.names("").len() as u64;
-    let wanted = DESCRIPTORS_MIN + stored * DESCRIPTORS_PER_ENTRY;
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
-    if limit.maximum.is_some_and(|limit| limit < wanted) {
-        return Err(format!(
-            "a candidate needs {wanted} descriptors, the limit is {}: raise LimitNOFILE",
-            limit.maximum.unwrap_or_default()
-        ));
-    }
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let available = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    match available {
-        Some(kib) if kib < MEMORY_KIB_MIN => Err(format!(
-            "a second server needs {} MiB, and the host has {} MiB left",
-            MEMORY_KIB_MIN >> 10,
-            kib >> 10
-        )),
-        _ => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn session(number: u8) -> SessionId {
-        SessionId([number; 16])
-    }
-
-    fn sealed(left: &[u8], times: &[(u8, u64)]) -> FreezeEvent {
-        FreezeEvent::Sealed {
-            left: left.iter().map(|number| session(*number)).collect(),
-            last_ns: times.iter().map(|(number, ns)| (session(*number), *ns)).collect(),
-        }
-    }
-
-    #[test]
-    fn no_claim_before_every_shard_is_sealed() {
-        let (sender, events) = crossbeam::channel::unbounded();
-        let soon = Instant::now() + Duration::from_millis(20);
-        sender.send(sealed(&[1, 1, 2], &[(1, 10), (2, 30)])).unwrap();
-        sender.send(FreezeEvent::Drained(session(1))).unwrap();
-        sender.send(FreezeEvent::Drained(session(2))).unwrap();
-        assert!(Seals::collect(2, &events, soon).is_none(), "one shard has said nothing");
-        let later = Instant::now() + Duration::from_secs(60);
-        for event in [
-            sealed(&[1, 1, 2], &[(1, 10), (2, 30)]),
-            FreezeEvent::Drained(session(1)),
-            FreezeEvent::Drained(session(2)),
-            sealed(&[3], &[(1, 20)]),
-        ] {
-            sender.send(event).unwrap();
-        }
-        let seals = Seals::collect(2, &events, later).unwrap();
-        let mut left = seals.left;
-        left.sort_unstable();
-        assert_eq!(left, [session(1), session(3)], "one queue of session 1, and session 3");
-        assert_eq!(seals.last_ns[&[1; 16]], 20);
     }
 }
