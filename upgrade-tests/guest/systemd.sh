@@ -309,11 +309,8 @@ getent_gid() {
 echo "GUEST systemd $(systemctl --version | head -n 1), $(uname -r), after $(cut -d ' ' -f 1 /proc/uptime) s"
 prepare
 activation
-for i in 1 2; do nice -n 5 sh -c 'while :; do :; done' & done
-for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do
-    start_load file:image file:device mem:memory
-    sleep 22
-    stop_load "round $i"
-done
-echo GUEST-DONE
+under_systemd
+instance
+under_keeper
+echo "GUEST-DONE after $(cut -d ' ' -f 1 /proc/uptime) s"
 power_off
