@@ -64,7 +64,9 @@ fn nothing_left(stage: &Stage, expected: &[&str]) {
     let mut names: Vec<String> = fs::read_dir(stage.path("."))
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .filter(|name| !["nebd.toml", "state", "s", "s.admin"].contains(&name.as_str()))
+        .filter(|name| {
+            !["nebd.toml", "state", "s", "s.admin", "s.metrics"].contains(&name.as_str())
+        })
         .collect();
     names.sort_unstable();
     assert_eq!(names, expected);
