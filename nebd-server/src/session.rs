@@ -229,6 +229,11 @@ impl Session {
         format!("s.{id}.{what}")
     }
 
+    /// The session whose descriptor has this name in the store, if it is a session's.
+    pub fn of_store_name(name: &str) -> Option<SessionId> {
+        name.strip_prefix("s.")?.split('.').next()?.parse().ok()
+    }
+
     /// Every descriptor that a successor needs, with its name in the store; the region last.
     pub fn stored_fds(&self) -> Vec<(String, BorrowedFd<'_>)> {
         let name = |what: &str| Session::store_name(self.id, what);

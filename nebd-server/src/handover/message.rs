@@ -410,16 +410,21 @@ fn versions(body: &[u8]) -> Result<(u32, u32), WireError> {
 /// somebody else's disk.
 pub fn encode_offer(names: &[&str], removed: &[String]) -> Fields {
     let mut fields = Fields::new();
-    let mut checksum = 0;
     for name in names {
-        checksum = crc32c::crc32c_append(checksum, name.as_bytes());
-        checksum = crc32c::crc32c_append(checksum, b"\n");
         fields.push(tag::NAME, name);
     }
     for name in removed {
         fields.push(tag::REMOVED, name);
     }
-    fields.with(tag::MANIFEST, checksum.to_le_bytes())
+    fields.with(tag::MANIFEST, manifest(names).to_le_bytes())
+}
+
+/// The checksum of an offer's names.
+fn manifest(names: &[impl AsRef<str>]) -> u32 {
+    names.iter().fold(0, |checksum, name| {
+        let checksum = crc32c::crc32c_append(checksum, name.as_ref().as_bytes());
+        crc32c::crc32c_append(checksum, b"\n")
+    })
 }
 
 /// Sends entries of the store without a duplicate of each descriptor.
@@ -441,12 +446,7 @@ fn decode_offer(body: &[u8], fds: Vec<OwnedFd>) -> Result<Offer, WireError> {
         values.map(|(_, value)| wire::text(value)).collect::<Result<Vec<String>, _>>()
     };
     let names = texts(tag::NAME)?;
-    let mut checksum = 0;
-    for name in &names {
-        checksum = crc32c::crc32c_append(checksum, name.as_bytes());
-        checksum = crc32c::crc32c_append(checksum, b"\n");
-    }
-    if short(find(&fields, tag::MANIFEST)?)? != checksum {
+    if short(find(&fields, tag::MANIFEST)?)? != manifest(&names) {
         return Err(WireError::Damaged("the manifest's checksum does not match"));
     }
     if names.len() != fds.len() {

@@ -434,8 +434,7 @@ impl Server {
     /// The sessions in the store.
     pub(crate) fn stored_sessions(&self) -> BTreeSet<SessionId> {
         let names = self.store.names("s.");
-        let id = |name: &String| name.strip_prefix("s.")?.split('.').next()?.parse().ok();
-        names.iter().filter_map(id).collect()
+        names.iter().filter_map(|name| Session::of_store_name(name)).collect()
     }
 
     /// Gives a stored session its place.

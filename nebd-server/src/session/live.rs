@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
-use crate::metrics::clock_ns;
+use crate::shard::monotonic_ns;
 
 /// Written by the shard that serves the queue; on a cache line of its own.
 #[derive(Debug, Default)]
@@ -21,7 +21,7 @@ impl QueueLive {
     /// The shard has looked: so many stalls, and the oldest request has waited for so long.
     pub fn note(&self, stalled: u32, oldest_waited_ns: Option<u64>) {
         self.stalled.store(stalled, Relaxed);
-        let since = |waited_ns| clock_ns().saturating_sub(waited_ns).max(1);
+        let since = |waited_ns| monotonic_ns().saturating_sub(waited_ns).max(1);
         self.oldest_ns.store(oldest_waited_ns.map_or(0, since), Relaxed);
     }
 
@@ -34,7 +34,7 @@ impl QueueLive {
     pub fn oldest_waited_ns(&self) -> u64 {
         match self.oldest_ns.load(Relaxed) {
             0 => 0,
-            since => clock_ns().saturating_sub(since),
+            since => monotonic_ns().saturating_sub(since),
         }
     }
 }

@@ -29,6 +29,7 @@ use crate::handover::wire::WireError;
 use crate::holdings::LOCK;
 use crate::run::{Assembly, Ingredients, RunError, assemble, confirm_death, prelude};
 use crate::server::AttachRequest;
+use crate::session::Session;
 use crate::shard::monotonic_ns;
 
 /// The owner drives; this is how long it may think.
@@ -169,7 +170,8 @@ impl<'a> Candidate<'a> {
 
     /// Forgets what was prepared of sessions whose descriptors changed.
     fn invalidate(&mut self, changed: &BTreeSet<String>) {
-        let ids: HashSet<SessionId> = changed.iter().filter_map(|name| session_of(name)).collect();
+        let ids: HashSet<SessionId> =
+            changed.iter().filter_map(|name| Session::of_store_name(name)).collect();
         self.sessions.retain(|id, _| !ids.contains(id));
     }
 
@@ -449,10 +451,6 @@ fn unsupported(hello: &Hello) -> Vec<(SessionId, String)> {
     };
     let clients = hello.clients.iter();
     clients.filter_map(|client| Some((client.session, judge(client)?))).collect()
-}
-
-fn session_of(name: &str) -> Option<SessionId> {
-    name.strip_prefix("s.")?.split('.').next()?.parse().ok()
 }
 
 fn blackouts(
