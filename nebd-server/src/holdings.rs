@@ -7,11 +7,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nebd_abi::Generation;
 use nebd_abi::host::HostPage;
 use nebd_keeper::notify::Notifier;
 
 use crate::fd_store::ServerStore;
+use crate::tenure::Tenure;
 
 /// What a successor gets, and the next keeper if this one dies.
 pub struct Holdings {
@@ -21,8 +21,8 @@ pub struct Holdings {
     pub store: Arc<ServerStore>,
     /// The host page.
     pub host: Arc<HostPage>,
-    /// This server's generation.
-    pub generation: Generation,
+    /// This server's.
+    pub tenure: Arc<Tenure>,
     /// The way to the keeper or service manager.
     pub notifier: Option<Arc<Notifier>>,
     /// The executable of this server, as it was started.
@@ -40,7 +40,7 @@ pub const LOCK: &str = "nebd.lock";
 
 impl nebd_keeper::notify::Holdings for Holdings {
     fn each(&self, send: &mut dyn FnMut(&str, BorrowedFd<'_>) -> io::Result<()>) -> io::Result<()> {
-        if self.host.generation() != self.generation {
+        if self.host.generation() != self.tenure.generation() {
             // Handed over: the new owner is the one to register.
             return Err(io::Error::other("this server has been taken over"));
         }

@@ -36,3 +36,6 @@ mod quarantine;
 mod server;
 mod service_manager;
 mod shard;
+mod standby;
+mod successor;
+mod tenure;

@@ -4,11 +4,13 @@
 //! is replaced by writing another beside it, syncing it, renaming it, and syncing the directory:
 //! after a crash at any instruction it is the old or the new one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use nebd_abi::VolumeName;
 use nebd_backend::VolumeSpec;
@@ -155,9 +157,33 @@ pub struct Registry {
     state: Mutex<State>,
 }
 
+#[derive(Default)]
 struct State {
     volumes: BTreeMap<VolumeName, Record>,
     operations: Operations,
+    /// What the files were when they were read; nothing of those that this process wrote.
+    stamps: HashMap<PathBuf, Stamp>,
+}
+
+/// Tells a file from the one that replaced it.
+#[derive(Clone, Copy, PartialEq)]
+struct Stamp {
+    inode: u64,
+    size: u64,
+    modified_ns: i128,
+}
+
+/// Within this time after its last change, a file may change again and look the same.
+const STAMP_AGE_MIN: Duration = Duration::from_secs(1);
+
+impl Stamp {
+    /// `None` if the file is too young for its stamp to tell it from its successor.
+    fn of(file: &fs::Metadata) -> Option<Stamp> {
+        let age = SystemTime::now().duration_since(file.modified().ok()?).ok()?;
+        let modified_ns = i128::from(file.mtime()) * 1_000_000_000 + i128::from(file.mtime_nsec());
+        let stamp = Stamp { inode: file.ino(), size: file.len(), modified_ns };
+        (age >= STAMP_AGE_MIN).then_some(stamp)
+    }
 }
 
 impl Registry {
@@ -165,27 +191,31 @@ impl Registry {
     pub fn load(state_dir: &Path) -> Result<Registry, RegistryError> {
         let dir = state_dir.join("volumes");
         fs::create_dir_all(&dir).map_err(file("create", &dir))?;
-        let mut volumes = BTreeMap::new();
-        for entry in fs::read_dir(&dir).map_err(file("list", &dir))? {
-            let path = entry.map_err(file("list", &dir))?.path();
-            let name = path.file_stem().and_then(|stem| stem.to_str()?.parse::<VolumeName>().ok());
-            if let (Some(name), true) = (name, path.extension().is_some_and(|e| e == "toml")) {
-                volumes.insert(name, read(&path)?);
-            }
-        }
-        let operations = match read(&dir.join(OPERATIONS)) {
-            Err(RegistryError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                Operations::default()
-            }
-            result => result?,
-        };
-        Ok(Registry { dir, state: Mutex::new(State { volumes, operations }) })
+        let registry = Registry { dir, state: Mutex::default() };
+        registry.reload()?;
+        Ok(registry)
     }
 
-    /// Reads again what another process may have changed.
-    pub fn reload(&self, state_dir: &Path) -> Result<(), RegistryError> {
-        let Registry { state, .. } = Registry::load(state_dir)?;
-        *self.state() = state.into_inner().unwrap_or_else(PoisonError::into_inner);
+    /// Reads again what another process may have changed: a look at each file, and a read of those
+    /// that are not what they were.
+    pub fn reload(&self) -> Result<(), RegistryError> {
+        let dir = &self.dir;
+        let mut state = self.state();
+        let mut fresh = State::default();
+        for entry in fs::read_dir(dir).map_err(file("list", dir))? {
+            let path = entry.map_err(file("list", dir))?.path();
+            let name = path.file_stem().and_then(|stem| stem.to_str()?.parse::<VolumeName>().ok());
+            let is_record = path.extension().is_some_and(|extension| extension == "toml");
+            let Some(name) = name.filter(|_| is_record) else { continue };
+            let known = state.volumes.remove(&name);
+            if let Some(record) = state.read_if_changed(&mut fresh, path, known)? {
+                fresh.volumes.insert(name, record);
+            }
+        }
+        let known = std::mem::take(&mut state.operations);
+        let operations = state.read_if_changed(&mut fresh, dir.join(OPERATIONS), Some(known))?;
+        fresh.operations = operations.unwrap_or_default();
+        *state = fresh;
         Ok(())
     }
 
@@ -231,12 +261,14 @@ impl Registry {
         operations.push(operation);
         let excess = operations.len().saturating_sub(OPERATIONS_MAX);
         operations.drain(..excess);
+        state.stamps.remove(&self.dir.join(OPERATIONS));
         write(&self.dir.join(OPERATIONS), &state.operations)
     }
 
     /// Adds or replaces a record.
     pub fn put(&self, name: &VolumeName, record: Record) -> Result<(), RegistryError> {
         let mut state = self.state();
+        state.stamps.remove(&self.path(name));
         write(&self.path(name), &record)?;
         state.volumes.insert(name.clone(), record);
         Ok(())
@@ -258,6 +290,38 @@ impl Registry {
 
     fn path(&self, name: &VolumeName) -> PathBuf {
         self.dir.join(format!("{name}.toml"))
+    }
+}
+
+impl State {
+    /// What the file holds, `None` if it is not there; `known` if that is what it was read as.
+    fn read_if_changed<T: for<'de> Deserialize<'de>>(
+        &self,
+        fresh: &mut State,
+        path: PathBuf,
+        known: Option<T>,
+    ) -> Result<Option<T>, RegistryError> {
+        let stamp = match fs::metadata(&path) {
+            Ok(file) => Stamp::of(&file),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(file("look at", &path)(error)),
+        };
+        let value = match known {
+            Some(value) if stamp.is_some() && self.stamps.get(&path) == stamp.as_ref() => value,
+            _ => match read(&path) {
+                // Removed in between.
+                Err(RegistryError::File { source, .. })
+                    if source.kind() == io::ErrorKind::NotFound =>
+                {
+                    return Ok(None);
+                }
+                result => result?,
+            },
+        };
+        if let Some(stamp) = stamp {
+            fresh.stamps.insert(path, stamp);
+        }
+        Ok(Some(value))
     }
 }
 
@@ -352,6 +416,35 @@ mod tests {
         assert_eq!(again.answered(b"id", "create", &name), None);
         again.remove(&name).unwrap();
         assert!(Registry::load(dir.path()).unwrap().records().is_empty());
+    }
+
+    #[test]
+    fn what_another_process_changed_is_read_again_and_the_rest_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, theirs) =
+            (Registry::load(dir.path()).unwrap(), Registry::load(dir.path()).unwrap());
+        let (name, mut changed) = record("file:disk1");
+        let (other, untouched) = record("file:disk2");
+        ours.put(&name, changed.clone()).unwrap();
+        ours.put(&other, untouched.clone()).unwrap();
+        let path = ours.path(&other);
+        let old = SystemTime::now() - 2 * STAMP_AGE_MIN;
+        File::options().write(true).open(&path).unwrap().set_modified(old).unwrap();
+        theirs.reload().unwrap();
+        assert!(theirs.state().stamps.contains_key(&path), "old enough to be known again");
+        assert!(!theirs.state().stamps.contains_key(&ours.path(&name)));
+        // The same stamp with other contents: proves that it is not read.
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, text.replace("4096", "8192")).unwrap();
+        File::options().write(true).open(&path).unwrap().set_modified(old).unwrap();
+        changed.set_size(b"x", 3 * 4096);
+        ours.put(&name, changed.clone()).unwrap();
+        theirs.reload().unwrap();
+        assert_eq!(theirs.record(&name), Some(changed));
+        assert_eq!(theirs.record(&other), Some(untouched));
+        ours.remove(&other).unwrap();
+        theirs.reload().unwrap();
+        assert_eq!(theirs.record(&other), None);
     }
 
     #[test]

@@ -1,24 +1,24 @@
 //! From an exec to a serving server.
 //!
 //! ```text
-//!  inherit ─► (standby: collect the store until ACTIVATE) ─► predecessor confirmed dead
-//!     ─► claim the generation ─► shards, control, admin ─► READY ─► resume sessions
-//!                   └─ lost the race: exit, somebody else owns the host's volumes
+//!  inherit ─► shards, control ─► (standby: follow the store, prepare, until ACTIVATE)
+//!     ─► predecessor confirmed dead ─► claim the generation ─► READY ─► resume sessions ─► serve
+//!                                         └─ lost the race: exit, somebody else owns the host's volumes
 //! ```
 //!
 //! Listening comes first: whoever connects while volumes are still being opened waits for its own
 //! volume alone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use nebd_abi::Generation;
 use nebd_abi::host::HostPage;
+use nebd_abi::layout::SessionId;
 use nebd_abi::region::RegionError;
 use nebd_backend::{
     Backend, FdStore, FileBackend, FileConfig, FileEngineChoice, LaneConfig, MemBackend,
@@ -26,19 +26,20 @@ use nebd_backend::{
 };
 use nebd_keeper::inherit::{InheritError, Inherited};
 use nebd_keeper::notify::{Notifier, Reregister};
-use nebd_keeper::standby::{StandbyChannel, StandbyMessage};
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::Signal;
 
 use crate::config::{Config, ConfigError};
 use crate::control::{Control, ControlInputs, NoticeSink, doorbell};
 use crate::fd_store::ServerStore;
-use crate::holdings::Holdings;
+use crate::holdings::{Holdings, LOCK};
 use crate::registry::{Registry, RegistryError, host_major};
-use crate::server::{Server, ServerParts};
+use crate::server::{AttachRequest, Server, ServerParts};
 use crate::service_manager::ServiceManager;
 use crate::session::MemoryQuota;
 use crate::shard::{EventSink, ShardContext, SpinBudget};
+use crate::successor::Resumption;
+use crate::tenure::Tenure;
 use crate::upgrade::{Probation, Report};
 
 /// The descriptor table's first size; 8 bytes each.
@@ -85,7 +86,7 @@ pub enum RunError {
     },
 }
 
-fn system<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> RunError {
+pub(crate) fn system<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> RunError {
     move |error| RunError::System { action, source: error.into() }
 }
 
@@ -99,71 +100,85 @@ pub fn run(config: &Config, standby: bool, mut inherited: Inherited) -> Result<(
         None => HostPage::create(),
     };
     let host = Arc::new(host.map_err(RunError::Host)?);
-    if standby && !stand_by(&mut inherited)? {
-        return Ok(());
-    }
-    let start = std::time::Instant::now();
-    make_room_for_descriptors(inherited.store.len());
-    // The owner of `seen` is confirmed dead before its generation is replaced; if somebody else
-    // replaces it meanwhile, the claim fails.
-    let seen = host.generation();
-    if let Some(predecessor) = inherited.predecessor.take() {
-        confirm_death(&predecessor).map_err(system("confirm the predecessor's death"))?;
-    }
-    let service_manager = ServiceManager::of(Notifier::from_env().map(Arc::new));
-    if let Some(service_manager) = &service_manager {
-        service_manager.record_death(&host);
-        if let Some(lock) = &lock {
-            let kept = service_manager.keep(&host, lock.as_fd());
-            kept.map_err(system("have the host page kept"))?;
-        }
-    }
-    crate::failpoint!("before-claim");
-    let Some(generation) = host.claim(seen) else {
-        tracing::info!(%seen, "another server has taken over; this one is not needed");
-        return Ok(());
+    let channel = inherited.standby.take().filter(|_| standby);
+    let heir = match channel {
+        Some(channel) => crate::standby::stand_by(config, host, inherited, channel)?,
+        None => Some(Heir::unprepared(config, host, inherited, lock)?),
     };
-    crate::failpoint!("after-claim");
-    if let Some(service_manager) = &service_manager {
-        service_manager.note_owner().map_err(system("have the pidfd kept"))?;
-    }
-    tracing::info!(%generation, pid = std::process::id(), standby, "taking over");
+    let Some(heir) = heir else { return Ok(()) };
+    heir.take_over(config, standby)
+}
 
-    let mode = config.socket_mode()?;
-    // The client socket comes last: whoever finds it finds the other.
-    let admin =
-        listener(inherited.admin.take(), || sockets::stream(&config.admin_socket(), mode, config))?;
-    let client =
-        listener(inherited.client.take(), || sockets::packet(&config.socket, mode, config))?;
-    let assembly = assemble(
-        config,
-        Ingredients {
-            host,
-            generation,
-            seen,
-            client,
-            admin,
-            probe: inherited.probe.take(),
-            life: inherited.life.take(),
-            lock,
-            store: std::mem::take(&mut inherited.store),
-        },
-    )?;
-    let server = assembly.server.clone();
-    let unplanned = crate::metrics::unplanned(seen, assembly.host().death_of(seen));
-    crate::metrics::start(&*server.store, generation, unplanned);
-    *server.upgrades.report() = Report::load(&config.state_dir, &assembly.holdings.binary);
-    let stored = server.reserve_stored();
-    assembly.host().announce_probes(1 + server.shards.len());
-    if let Some(notifier) = &assembly.holdings.notifier {
-        notifier.ready();
+/// A server that is set up, and serves as soon as the owner before it is dead.
+pub(crate) struct Heir {
+    pub(crate) assembly: Assembly,
+    /// The last owner.
+    pub(crate) predecessor: Option<OwnedFd>,
+    /// Sessions that are mapped.
+    pub(crate) sessions: HashMap<SessionId, AttachRequest>,
+}
+
+impl Heir {
+    fn unprepared(
+        config: &Config,
+        host: Arc<HostPage>,
+        mut inherited: Inherited,
+        lock: Option<OwnedFd>,
+    ) -> Result<Heir, RunError> {
+        let predecessor = inherited.predecessor.take();
+        let ingredients = Ingredients::of(config, host, inherited, lock)?;
+        let assembly = assemble(config, ingredients)?;
+        Ok(Heir { assembly, predecessor, sessions: HashMap::new() })
     }
-    if seen.0 > 0 {
-        crate::metrics::note_phase("start", start.elapsed());
+
+    fn take_over(self, config: &Config, standby: bool) -> Result<(), RunError> {
+        let Heir { assembly, predecessor, sessions } = self;
+        let start = Instant::now();
+        let (server, holdings) = (assembly.server.clone(), assembly.holdings.clone());
+        let host = &holdings.host;
+        // The owner of `seen` is confirmed dead before its generation is replaced; if somebody else
+        // replaces it meanwhile, the claim fails.
+        let seen = host.generation();
+        if let Some(predecessor) = predecessor {
+            confirm_death(&predecessor).map_err(system("confirm the predecessor's death"))?;
+        }
+        let service_manager = ServiceManager::of(holdings.notifier.clone());
+        if let Some(service_manager) = &service_manager {
+            service_manager.record_death(host);
+            if let Some(lock) = holdings.fds.get(LOCK) {
+                let kept = service_manager.keep(host, lock.as_fd());
+                kept.map_err(system("have the host page kept"))?;
+            }
+        }
+        // While nobody serves: the owner cannot change it any more.
+        server.registry.reload()?;
+        crate::failpoint!("before-claim");
+        let Some(generation) = host.claim(seen) else {
+            tracing::info!(%seen, "another server has taken over; this one is not needed");
+            return Ok(());
+        };
+        crate::failpoint!("after-claim");
+        let last_death = host.death_of(seen);
+        server.tenure.begin(generation, last_death);
+        if let Some(service_manager) = &service_manager {
+            service_manager.note_owner().map_err(system("have the pidfd kept"))?;
+        }
+        tracing::info!(%generation, pid = std::process::id(), standby, "taking over");
+        let unplanned = crate::metrics::unplanned(seen, last_death);
+        crate::metrics::start(&*server.store, generation, unplanned);
+        *server.upgrades.report() = Report::load(&config.state_dir, &holdings.binary);
+        let resumption = Resumption::reserve(&server, sessions, &[]);
+        host.announce_probes(1 + server.shards.len());
+        if let Some(notifier) = &holdings.notifier {
+            notifier.ready();
+        }
+        if seen.0 > 0 {
+            crate::metrics::note_phase("start", start.elapsed());
+        }
+        crate::failpoint!("after-ready");
+        server.jobs.spawn(move || _ = resumption.run());
+        assembly.serve(config, None)
     }
-    crate::failpoint!("after-ready");
-    server.resume_all(stored);
-    assembly.serve(config, None)
 }
 
 /// What comes before anything that could be owned.
@@ -184,15 +199,30 @@ pub(crate) fn prelude(config: &Config) -> Result<(), RunError> {
 /// What a server is set up with.
 pub(crate) struct Ingredients {
     pub(crate) host: Arc<HostPage>,
-    /// Owned, or about to be.
-    pub(crate) generation: Generation,
-    pub(crate) seen: Generation,
     pub(crate) client: OwnedFd,
     pub(crate) admin: OwnedFd,
     pub(crate) probe: Option<OwnedFd>,
     pub(crate) life: Option<OwnedFd>,
     pub(crate) lock: Option<OwnedFd>,
     pub(crate) store: BTreeMap<String, OwnedFd>,
+}
+
+impl Ingredients {
+    /// What was inherited, and what is missing made.
+    pub(crate) fn of(
+        config: &Config,
+        host: Arc<HostPage>,
+        inherited: Inherited,
+        lock: Option<OwnedFd>,
+    ) -> Result<Ingredients, RunError> {
+        let mode = config.socket_mode()?;
+        let (admin, client) = (inherited.admin, inherited.client);
+        // The client socket comes last: whoever finds it finds the other.
+        let admin = listener(admin, || sockets::stream(&config.admin_socket(), mode, config))?;
+        let client = listener(client, || sockets::packet(&config.socket, mode, config))?;
+        let (probe, life, store) = (inherited.probe, inherited.life, inherited.store);
+        Ok(Ingredients { host, client, admin, probe, life, lock, store })
+    }
 }
 
 /// A server that serves nothing yet.
@@ -223,14 +253,15 @@ pub(crate) fn assemble(config: &Config, given: Ingredients) -> Result<Assembly, 
     };
     let life = given.life.as_ref().map(|fd| (nebd_keeper::names::LIFE, fd.try_clone()));
     let probe = given_probe.as_ref().map(|fd| (nebd_keeper::names::PROBE, fd.try_clone()));
-    let lock = given.lock.map(|fd| (crate::holdings::LOCK, Ok(fd)));
+    let lock = given.lock.map(|fd| (LOCK, Ok(fd)));
     let fds = passed.into_iter().chain(life).chain(probe).chain(lock);
     let fds = fds.map(|(name, fd)| Ok((name, fd?))).collect::<io::Result<_>>();
+    let tenure = Arc::new(Tenure::default());
     let holdings = Arc::new(Holdings {
         fds: fds.map_err(system("duplicate descriptors"))?,
         store: store.clone(),
         host: host.clone(),
-        generation: given.generation,
+        tenure: tenure.clone(),
         notifier,
         binary: std::env::current_exe().map_err(system("find this executable"))?,
         state_dir: config.state_dir.clone(),
@@ -241,8 +272,7 @@ pub(crate) fn assemble(config: &Config, given: Ingredients) -> Result<Assembly, 
     let doorbell = doorbell().map_err(system("make a doorbell"))?;
     let (notices, notice_receiver) = NoticeSink::new(doorbell.clone());
     let (events, shard_events) = EventSink::new(doorbell.clone());
-    let server =
-        Arc::new(build(config, &host, given.generation, given.seen, store, notices, events)?);
+    let server = Arc::new(build(config, &host, tenure, store, notices, events)?);
     let inputs = ControlInputs {
         listener: given.client,
         doorbell,
@@ -328,8 +358,7 @@ impl Assembly {
 fn build(
     config: &Config,
     host: &Arc<HostPage>,
-    generation: Generation,
-    seen: Generation,
+    tenure: Arc<Tenure>,
     store: Arc<ServerStore>,
     notices: NoticeSink,
     events: EventSink,
@@ -340,7 +369,7 @@ fn build(
     let shard_count = shard_count.min(nebd_abi::host::PROBES_MAX - 1);
     let context = ShardContext {
         host: host.clone(),
-        generation,
+        tenure: tenure.clone(),
         lane,
         spin: Duration::from_micros(config.ring.spin_us),
         spin_budget: SpinBudget::of(config.ring.spin_cores_max, shard_count),
@@ -361,10 +390,9 @@ fn build(
         registry: Registry::load(&config.state_dir)?,
         store,
         host: host.clone(),
-        generation,
-        last_death: host.death_of(seen),
+        tenure,
         // Generation 0 means that nobody on this host can have had a volume open.
-        host_major: host_major(&config.state_dir, seen.0 == 0)?,
+        host_major: host_major(&config.state_dir, host.generation().0 == 0)?,
         backends,
         file_engine,
         shards,
@@ -396,27 +424,6 @@ fn backends(
         backends.push(Box::new(fence_test));
     }
     Ok((backends, file_engine))
-}
-
-/// Collects the store until this process is wanted; false if the keeper has gone.
-fn stand_by(inherited: &mut Inherited) -> Result<bool, RunError> {
-    let Some(socket) = inherited.standby.take() else { return Ok(true) };
-    let channel = StandbyChannel::new(socket);
-    loop {
-        match channel.recv().map_err(system("hear from the keeper"))? {
-            Some(StandbyMessage::Store(name, fd)) => {
-                if name == nebd_keeper::names::PREDECESSOR {
-                    inherited.predecessor = Some(fd);
-                } else {
-                    inherited.store.insert(name, fd);
-                }
-            }
-            Some(StandbyMessage::Remove(name)) => _ = inherited.store.remove(&name),
-            Some(StandbyMessage::Sync) => tracing::info!("standing by"),
-            Some(StandbyMessage::Activate) => return Ok(true),
-            None => return Ok(false),
-        }
-    }
 }
 
 /// Kills the predecessor if it still runs, and waits until all of its threads are gone.

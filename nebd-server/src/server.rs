@@ -17,9 +17,9 @@ use std::sync::atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use nebd_abi::host::{DeathCause, HostPage};
+use nebd_abi::VolumeName;
+use nebd_abi::host::HostPage;
 use nebd_abi::layout::{ServerState, SessionId};
-use nebd_abi::{Generation, VolumeName};
 use nebd_backend::{Backend, FdStore, PreparedVolume};
 
 use crate::fd_store::ServerStore;
@@ -29,6 +29,7 @@ use crate::quarantine::Quarantine;
 use crate::registry::Registry;
 use crate::session::{MemoryQuota, Session};
 use crate::shard::{Command, ShardHandle};
+use crate::tenure::Tenure;
 use crate::upgrade::Upgrades;
 use crate::volume::VolumeTable;
 pub use attach::{AttachRequest, Origin, is_eventfd, set_nonblocking};
@@ -41,10 +42,8 @@ pub struct Server {
     pub store: Arc<ServerStore>,
     /// The host page.
     pub host: Arc<HostPage>,
-    /// This server's generation.
-    pub generation: Generation,
-    /// How the previous server ended.
-    pub last_death: DeathCause,
+    /// This server's.
+    pub tenure: Arc<Tenure>,
     /// Major epoch where storage grants none.
     pub host_major: u32,
     /// Kinds of storage.
@@ -83,8 +82,7 @@ pub struct ServerParts {
     pub registry: Registry,
     pub store: Arc<ServerStore>,
     pub host: Arc<HostPage>,
-    pub generation: Generation,
-    pub last_death: DeathCause,
+    pub tenure: Arc<Tenure>,
     pub host_major: u32,
     pub backends: Vec<Box<dyn Backend>>,
     pub file_engine: String,
@@ -107,8 +105,7 @@ impl Server {
             registry: parts.registry,
             store: parts.store,
             host: parts.host,
-            generation: parts.generation,
-            last_death: parts.last_death,
+            tenure: parts.tenure,
             host_major: parts.host_major,
             backends: parts.backends,
             file_engine: parts.file_engine,

@@ -25,7 +25,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, unbounded};
-use nebd_abi::Generation;
 use nebd_abi::host::HostPage;
 use nebd_abi::layout::SessionId;
 use nebd_abi::ring::{Request as RingRequest, RingViolation, ServerQueue};
@@ -33,6 +32,7 @@ use nebd_backend::{Done, Lane, LaneConfig, Mailbox};
 use rustix::event::{Timespec, epoll};
 
 use crate::session::Session;
+use crate::tenure::Tenure;
 pub use fair::{Beacon, beacons};
 use fair::{Fair, Share};
 use freeze::Frozen;
@@ -139,8 +139,8 @@ impl EventSink {
 pub struct ShardContext {
     /// The host page.
     pub host: Arc<HostPage>,
-    /// This server's generation.
-    pub generation: Generation,
+    /// This server's.
+    pub tenure: Arc<Tenure>,
     /// How lanes are set up.
     pub lane: LaneConfig,
     /// Longest spin.

@@ -36,6 +36,15 @@ fn sigkill_with_storage_that_delivers_late_twice_and_again() {
     assert!(store.redelivered > 100 && store.stale > 100, "the fence was not needed: {store:?}");
 }
 
+/// A standby opens volumes of every kind as an observer, again and again, while their owner lives.
+#[test]
+fn sigkill_with_a_warm_standby_and_other_backends() {
+    for backend in ["mem", "fence-test"] {
+        let config = CampaignConfig { standby: true, ..config(backend, 4, 12) };
+        assert_clean(&campaign::run(config).unwrap(), 12);
+    }
+}
+
 #[test]
 fn sigkill_with_a_warm_standby_and_64_volumes() {
     let config =

@@ -158,7 +158,7 @@ fn greet(server: &Server, layout_min: u32, layout_max: u32) -> Message {
     }
     Message::Welcome {
         layout: ours,
-        generation: server.generation,
+        generation: server.tenure.generation(),
         features: 0,
         pid: std::process::id(),
         version: env!("CARGO_PKG_VERSION").to_owned(),

@@ -224,7 +224,7 @@ impl Server {
         let context = OpenContext {
             previous_major: request.ledger.as_ref().map(|ledger| ledger.attachment().major),
             host_major: self.host_major,
-            generation: self.generation,
+            generation: self.tenure.generation(),
             store: self.store.clone(),
         };
         let volume = self.volumes.acquire(name, || {
@@ -236,7 +236,7 @@ impl Server {
                 Some(prepared) => prepared.open(&record.spec(name), &context)?,
                 None => backend.open(&record.spec(name), &context)?,
             };
-            let epoch = Epoch::new(opened.major, self.generation);
+            let epoch = Epoch::new(opened.major, self.tenure.generation());
             Ok(OpenVolume::new(name.clone(), record.block_size, epoch, opened, &record.limits))
         })?;
         if let Some(record) = self.registry.record(name) {
@@ -330,8 +330,8 @@ impl Server {
         adopted: &mut [(ServerQueue, Vec<Request>)],
     ) -> Verdicts {
         let mut verdicts = Verdicts::default();
-        let dead = nebd_abi::Generation(self.generation.0.saturating_sub(1));
-        if self.last_death.counts_against_requests() {
+        let dead = nebd_abi::Generation(self.tenure.generation().0.saturating_sub(1));
+        if self.tenure.last_death().counts_against_requests() {
             for slot in 0..ledger.slots_total() {
                 ledger.count_death(slot, dead);
             }
@@ -409,26 +409,19 @@ impl Server {
         self.notices.send(Notice::Parked(session.id, parked));
     }
 
-    /// Gives the sessions that a predecessor left in the store their places, before anybody else
-    /// can ask for their volumes.
-    pub fn reserve_stored(&self) -> Vec<AttachRequest> {
-        let ids = self.stored_sessions();
-        let requests = ids.into_iter().filter_map(|id| match self.stored_request(id) {
-            Ok(request) => {
-                self.reserve_for(&request);
-                Some(request)
-            }
-            Err(error) => {
-                // A client that lives presents its descriptors itself. What is only out of reach
-                // for now stays in the store.
-                tracing::warn!(session = %id, %error, "cannot resume a stored session");
-                if matches!(error, StoredError::Missing(_)) {
-                    self.store.remove_all(&Session::store_name(id, ""));
-                }
-                None
-            }
-        });
-        requests.collect()
+    /// What makes a stored session. One that is not whole is forgotten: a client that lives presents
+    /// its descriptors itself. What is only out of reach for now stays in the store.
+    pub(crate) fn stored_request_or_forget(&self, id: SessionId) -> Option<AttachRequest> {
+        let request = self.stored_request(id);
+        let error = match request {
+            Ok(request) => return Some(request),
+            Err(error) => error,
+        };
+        tracing::warn!(session = %id, %error, "cannot resume a stored session");
+        if matches!(error, StoredError::Missing(_)) {
+            self.store.remove_all(&Session::store_name(id, ""));
+        }
+        None
     }
 
     /// The sessions in the store.
@@ -474,18 +467,23 @@ impl Server {
         }
     }
 
+    /// Attaches one stored session, as something that a planned takeover waits for.
+    pub(crate) fn attach_stored(
+        &self,
+        request: AttachRequest,
+    ) -> Result<Arc<Session>, AttachError> {
+        let _pass =
+            self.gate.enter(format!("the resumption of {}", request.region.params().volume));
+        crate::failpoint!("resume");
+        self.attach(request)
+    }
+
     /// Starts one stored session; waits as long as its storage does not answer.
     fn resume(&self, request: AttachRequest) {
-        crate::failpoint!("resume");
         let id = request.region.params().session;
         let mut pause = Duration::from_millis(1);
-        let what = format!("the resumption of {}", request.region.params().volume);
-        // Not held over the pauses: storage that is away holds up no planned takeover.
-        let attach = |request| {
-            let _pass = self.gate.enter(what.clone());
-            self.attach(request)
-        };
-        let mut attached = attach(request);
+        // The gate is not held over the pauses: storage that is away holds up no planned takeover.
+        let mut attached = self.attach_stored(request);
         while let Err(error) = attached {
             if !error.is_transient() {
                 tracing::error!(session = %id, %error, "session cannot be resumed");
@@ -498,7 +496,7 @@ impl Server {
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_secs(1));
             attached = match self.stored_request(id) {
-                Ok(request) => attach(request),
+                Ok(request) => self.attach_stored(request),
                 Err(error) => {
                     tracing::warn!(session = %id, %error, "the stored session is out of reach");
                     Err(AttachError::Starting(id))

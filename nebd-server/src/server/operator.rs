@@ -179,12 +179,12 @@ impl Server {
         let context = nebd_backend::OpenContext {
             previous_major: None,
             host_major: self.host_major,
-            generation: self.generation,
+            generation: self.tenure.generation(),
             store: self.store.clone(),
         };
         let volume = self.volumes.acquire(name, || {
             let opened = backend.open(&record.spec(name), &context)?;
-            let epoch = nebd_abi::Epoch::new(opened.major, self.generation);
+            let epoch = nebd_abi::Epoch::new(opened.major, self.tenure.generation());
             Ok(crate::volume::OpenVolume::new(
                 name.clone(),
                 record.block_size,

@@ -115,7 +115,7 @@ impl Server {
         Ok(admin::Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
-            generation: self.generation.0,
+            generation: self.tenure.generation().0,
             uptime_ms: self.started.elapsed().as_millis() as u64,
             file_engine: self.file_engine.clone(),
             fd_store: self.has_store(),
@@ -126,7 +126,7 @@ impl Server {
                 .collect(),
             volumes,
             shards: self.shards.len() as u32,
-            last_death: match self.last_death {
+            last_death: match self.tenure.last_death() {
                 DeathCause::Unknown => String::new(),
                 DeathCause::Exit => "exit".to_owned(),
                 DeathCause::Killed => "killed".to_owned(),
@@ -199,7 +199,7 @@ impl Server {
         let client = |((version, layout), count)| ClientCount { version, layout, count };
         Snapshot {
             version: env!("CARGO_PKG_VERSION"),
-            generation: self.generation.0,
+            generation: self.tenure.generation().0,
             started_unix_ms: metrics::started_unix_ms(),
             sessions: sessions.len() as u64,
             sessions_connected: sessions.iter().filter(|s| s.is_connected()).count() as u64,

@@ -237,7 +237,7 @@ impl QueueTask {
             self.session.volume.throttle.charge(data_bytes(translated.op, request.length));
         }
         let ledger_slot = self.ledger_base + request.slot;
-        self.session.ledger.dispatch(ledger_slot, request.seq, context.generation);
+        self.session.ledger.dispatch(ledger_slot, request.seq, context.tenure.generation());
         hooks::poison(translated.op, request.offset, request.length);
         self.submit(lane, request, translated, suspect);
     }

@@ -4,17 +4,14 @@
 //! every client judged, every region mapped, every volume opened as an observer and read. After the
 //! claim there are locks to take, rings to look at, and queues to give to shards that wait for them.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nebd_abi::VolumeName;
 use nebd_abi::host::HostPage;
 use nebd_abi::layout::{LayoutVersion, SessionId, features};
-use nebd_backend::{PrepareContext, PreparedVolume};
 use nebd_keeper::names;
 use nebd_rpc::admin::{Blackout, UpgradeState};
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -28,21 +25,16 @@ use crate::handover::message::{
 use crate::handover::wire::WireError;
 use crate::holdings::LOCK;
 use crate::run::{Assembly, Ingredients, RunError, assemble, confirm_death, prelude};
-use crate::server::AttachRequest;
-use crate::session::Session;
 use crate::shard::monotonic_ns;
+use crate::successor::{Preparation, Progress, Resumption, Served};
 
 /// The owner drives; this is how long it may think.
 const ORDER_TIME_MAX: Duration = Duration::from_secs(120);
 /// From the claim to the owner's locks being given up; guests stand still meanwhile.
 const RELEASE_TIME_MAX: Duration = Duration::from_millis(250);
-/// What is not served after this is served later, on threads of its own.
-const RESUME_TIME_MAX: Duration = Duration::from_millis(500);
 /// From then to its end.
 const LINGER_TIME_MAX: Duration = Duration::from_secs(15);
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(10);
-/// Volumes are opened in parallel: storage takes its time.
-const PREPARE_THREADS_MAX: usize = 16;
 
 /// Why a candidate does not become the server.
 #[derive(Debug, thiserror::Error)]
@@ -93,19 +85,13 @@ pub fn run(config: &Config) -> Result<(), CandidateError> {
     result
 }
 
-/// A volume opened as an observer, or why not.
-type Opening = Result<Box<dyn PreparedVolume>, String>;
-
 struct Candidate<'a> {
     config: &'a Config,
     socket: &'a OwnedFd,
     hello: Hello,
     owner: OwnedFd,
     assembly: Assembly,
-    /// Sessions that are mapped.
-    sessions: HashMap<SessionId, AttachRequest>,
-    /// Volumes that were opened as an observer.
-    volumes: BTreeSet<VolumeName>,
+    preparation: Preparation,
     /// Connections of clients.
     connections: Vec<(SessionId, OwnedFd)>,
 }
@@ -132,33 +118,24 @@ impl<'a> Candidate<'a> {
         let owner = pid.ok_or(CandidateError::Missing("its process id"))?;
         let owner = rustix::process::pidfd_open(owner, PidfdFlags::empty())
             .map_err(system("watch the owner"))?;
-        let assembly = collect(config, socket, &hello)?;
+        let assembly = collect(config, socket)?;
         crate::failpoint!("candidate-offer");
-        let (sessions, volumes) = (HashMap::new(), BTreeSet::new());
+        let preparation = Preparation::new(assembly.server.clone());
         let connections = Vec::new();
         let candidate =
-            Candidate { config, socket, hello, owner, assembly, sessions, volumes, connections };
+            Candidate { config, socket, hello, owner, assembly, preparation, connections };
         candidate.follow()
     }
 
     /// Prepares as often as it is told to, until it is to claim.
     fn follow(mut self) -> Result<(), CandidateError> {
-        let mut changed = None;
-        self.prepare(changed.take())?;
+        self.prepare()?;
         loop {
             match receive(self.socket)? {
-                Message::Offer(offer) => {
-                    let changed = changed.get_or_insert_with(BTreeSet::new);
-                    changed.extend(offer.entries.iter().map(|(name, _)| name.clone()));
-                    changed.extend(offer.removed.iter().cloned());
-                    take(&self.assembly, offer);
-                }
+                Message::Offer(offer) => self.take(offer),
                 Message::Connections(connections) => self.connections = connections,
-                Message::Prepare => self.prepare(Some(changed.take().unwrap_or_default()))?,
-                Message::Frozen(frozen) => {
-                    self.invalidate(&changed.take().unwrap_or_default());
-                    return self.claim(frozen);
-                }
+                Message::Prepare => self.prepare()?,
+                Message::Frozen(frozen) => return self.claim(frozen),
                 Message::Dismissed(reason) => {
                     tracing::info!(reason, "this candidate is not needed");
                     return Ok(());
@@ -168,85 +145,30 @@ impl<'a> Candidate<'a> {
         }
     }
 
-    /// Forgets what was prepared of sessions whose descriptors changed.
-    fn invalidate(&mut self, changed: &BTreeSet<String>) {
-        let ids: HashSet<SessionId> =
-            changed.iter().filter_map(|name| Session::of_store_name(name)).collect();
-        self.sessions.retain(|id, _| !ids.contains(id));
+    /// What changed at the owner since it offered everything.
+    fn take(&self, offer: Offer) {
+        let store = &self.assembly.server.store;
+        for (name, fd) in offer.entries {
+            store.adopt(name.clone(), fd);
+            self.preparation.note_change(&name);
+        }
+        for name in &offer.removed {
+            store.disown(name);
+            self.preparation.note_change(name);
+        }
     }
 
-    /// Maps the sessions and opens the volumes that are not yet, and answers.
-    fn prepare(&mut self, changed: Option<BTreeSet<String>>) -> Result<(), CandidateError> {
-        let mut prepared = Prepared::default();
-        if let Some(changed) = changed {
-            self.invalidate(&changed);
-            let server = &self.assembly.server;
-            if let Err(error) = server.registry.reload(&self.assembly.holdings.state_dir) {
-                prepared.failures.push((String::new(), error.to_string()));
-            }
-        }
-        let server = &self.assembly.server;
-        for id in server.stored_sessions() {
-            if self.sessions.contains_key(&id) {
-                continue;
-            }
-            match server.stored_request(id) {
-                Ok(request) => _ = self.sessions.insert(id, request),
-                Err(error) => {
-                    tracing::warn!(session = %id, %error, "a stored session cannot be mapped");
-                    prepared.failures.push((id.to_string(), error.to_string()));
-                }
-            }
-        }
-        let wanted: BTreeSet<VolumeName> = self
-            .sessions
-            .values()
-            .map(|request| request.region.params().volume.clone())
-            .filter(|name| !self.volumes.contains(name))
-            .collect();
+    /// Prepares what is not yet, and answers.
+    fn prepare(&self) -> Result<(), CandidateError> {
         crate::failpoint!("candidate-prepare");
-        for (name, result) in self.open_all(&wanted) {
-            match result {
-                Ok(volume) => {
-                    self.volumes.insert(name.clone());
-                    self.assembly.server.prepared().insert(name, volume);
-                }
-                Err(error) => prepared.failures.push((name.to_string(), error)),
-            }
+        let Progress { volumes, sessions, failures } = self.preparation.update();
+        for (name, error) in &failures {
+            tracing::warn!(name, error, "cannot be prepared");
         }
-        prepared.volumes = self.volumes.len() as u32;
-        prepared.sessions = self.sessions.len() as u32;
-        send(self.socket, &Message::Prepared(prepared))?;
+        let (volumes, sessions) = (volumes as u32, sessions as u32);
+        send(self.socket, &Message::Prepared(Prepared { volumes, sessions, failures }))?;
         crate::failpoint!("candidate-ready");
         Ok(())
-    }
-
-    /// Opens volumes as an observer, several at a time.
-    fn open_all(&self, wanted: &BTreeSet<VolumeName>) -> Vec<(VolumeName, Opening)> {
-        let server = &self.assembly.server;
-        let names: Vec<&VolumeName> = wanted.iter().collect();
-        let next = AtomicUsize::new(0);
-        let opened = Mutex::new(Vec::with_capacity(names.len()));
-        let open = |name: &VolumeName| {
-            let record = server.registry.record(name).ok_or("it is not in the registry")?;
-            let backend = server.backend(name).ok_or("this binary has no such backend")?;
-            let context = PrepareContext { store: server.store.clone() };
-            backend.prepare(&record.spec(name), &context).map_err(|error| error.to_string())
-        };
-        let work = || {
-            while let Some(name) = names.get(next.fetch_add(1, Relaxed)) {
-                let result = open(name);
-                let mut opened = opened.lock().unwrap_or_else(PoisonError::into_inner);
-                opened.push(((*name).clone(), result));
-            }
-        };
-        std::thread::scope(|scope| {
-            for _ in 1..names.len().min(PREPARE_THREADS_MAX) {
-                scope.spawn(work);
-            }
-            work();
-        });
-        opened.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The point of no return, and what follows at once.
@@ -258,6 +180,8 @@ impl<'a> Candidate<'a> {
             return Ok(());
         };
         crate::failpoint!("candidate-after-claim");
+        let host = self.assembly.host();
+        self.assembly.server.tenure.begin(generation, host.death_of(self.hello.generation));
         self.assembly.announce();
         // An owner that has died meanwhile is no loss.
         let _ = Message::Fenced(generation).send(self.socket, Instant::now() + RELEASE_TIME_MAX);
@@ -274,7 +198,8 @@ impl<'a> Candidate<'a> {
         self.await_release()?;
         server.upgrades.report().step("FENCE", begin, format!("generation {generation}"));
         let resume = monotonic_ns();
-        let served = self.resume(&frozen.left);
+        let prepared = self.preparation.take();
+        let served = Resumption::reserve(&server, prepared, &frozen.left).run();
         let blackouts = blackouts(&frozen.last_ns, &served);
         crate::failpoint!("candidate-resumed");
         let _ = Message::Resumed.send(self.socket, Instant::now() + ANSWER_TIME_MAX);
@@ -315,94 +240,10 @@ impl<'a> Candidate<'a> {
         }
         confirm_death(&self.owner).map_err(system("confirm the owner's death"))
     }
-
-    /// Serves every session that was prepared; the others, and those whose locks come later, start
-    /// on threads of their own. Returns when each was served.
-    fn resume(&mut self, left: &[SessionId]) -> Vec<(SessionId, VolumeName, u64)> {
-        let server = &self.assembly.server;
-        let left: HashSet<SessionId> = left.iter().copied().collect();
-        let volume_of = |request: &AttachRequest| request.region.params().volume.clone();
-        // A lock is a volume's: all of its sessions wait if one has requests at its storage.
-        let locked: HashSet<VolumeName> =
-            left.iter().filter_map(|id| self.sessions.get(id).map(volume_of)).collect();
-        let (mut now, mut later) = (VecDeque::new(), Vec::new());
-        for id in server.stored_sessions() {
-            let request = match self.sessions.remove(&id) {
-                Some(request) if !locked.contains(&volume_of(&request)) => {
-                    now.push_back(request);
-                    continue;
-                }
-                Some(request) => Ok(request),
-                None => server.stored_request(id),
-            };
-            match request {
-                Ok(request) => later.push(request),
-                Err(error) => tracing::warn!(session = %id, %error, "cannot resume a session"),
-            }
-        }
-        now.iter().chain(&later).for_each(|request| server.reserve_for(request));
-        let (served, again) = self.attach_all(now);
-        for id in again {
-            match server.stored_request(id) {
-                Ok(request) => later.push(request),
-                Err(error) => tracing::error!(session = %id, %error, "a session is lost"),
-            }
-        }
-        server.resume_all(later);
-        served
-    }
-
-    /// Attaches these on a few threads, and returns those that are served after a while, and those
-    /// that are to be tried again. One that waits for its storage holds up nothing but its thread.
-    fn attach_all(
-        &self,
-        requests: VecDeque<AttachRequest>,
-    ) -> (Vec<(SessionId, VolumeName, u64)>, Vec<SessionId>) {
-        let count = requests.len();
-        let queue = Arc::new(Mutex::new(requests));
-        let (sender, results) = crossbeam::channel::unbounded();
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        for _ in 0..threads.min(count) {
-            let (server, queue) = (self.assembly.server.clone(), queue.clone());
-            let sender = sender.clone();
-            self.assembly.server.jobs.spawn(move || {
-                let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-                while let Some(request) = next() {
-                    let id = request.region.params().session;
-                    let volume = request.region.params().volume.clone();
-                    let result = match server.attach(request) {
-                        Ok(_) => Ok((id, volume, monotonic_ns())),
-                        Err(error) => {
-                            tracing::warn!(session = %id, %error, "session waits");
-                            Err(id)
-                        }
-                    };
-                    if let Err(late) = sender.send(result)
-                        && let Err(id) = late.into_inner()
-                    {
-                        // Nobody waits any more.
-                        server.resume_stored(id);
-                    }
-                }
-            });
-        }
-        let deadline = Instant::now() + RESUME_TIME_MAX;
-        let (mut served, mut again) = (Vec::with_capacity(count), Vec::new());
-        while served.len() + again.len() < count {
-            match results.recv_deadline(deadline) {
-                Ok(Ok(one)) => served.push(one),
-                Ok(Err(id)) => again.push(id),
-                Err(_) => break,
-            }
-        }
-        let rest = std::mem::take(&mut *queue.lock().unwrap_or_else(PoisonError::into_inner));
-        self.assembly.server.resume_all(rest.into());
-        (served, again)
-    }
 }
 
 /// Takes what is offered until it is told to prepare; sets up a server that serves nothing yet.
-fn collect(config: &Config, socket: &OwnedFd, hello: &Hello) -> Result<Assembly, CandidateError> {
+fn collect(config: &Config, socket: &OwnedFd) -> Result<Assembly, CandidateError> {
     let mut offered = BTreeMap::new();
     loop {
         match receive(socket)? {
@@ -419,26 +260,9 @@ fn collect(config: &Config, socket: &OwnedFd, hello: &Hello) -> Result<Assembly,
     let (client, admin) = (need(names::CLIENT)?, need(names::ADMIN)?);
     let (probe, life, lock) = (need(names::PROBE).ok(), need(names::LIFE).ok(), need(LOCK).ok());
     let host = HostPage::open(host).map_err(RunError::Host).map_err(Box::new)?;
-    let ingredients = Ingredients {
-        host: Arc::new(host),
-        generation: nebd_abi::Generation(hello.generation.0 + 1),
-        seen: hello.generation,
-        client,
-        admin,
-        probe,
-        life,
-        lock,
-        store: offered,
-    };
+    let ingredients =
+        Ingredients { host: Arc::new(host), client, admin, probe, life, lock, store: offered };
     Ok(assemble(config, ingredients).map_err(Box::new)?)
-}
-
-fn take(assembly: &Assembly, offer: Offer) {
-    let store = &assembly.server.store;
-    for (name, fd) in offer.entries {
-        store.adopt(name, fd);
-    }
-    offer.removed.iter().for_each(|name| store.disown(name));
 }
 
 fn unsupported(hello: &Hello) -> Vec<(SessionId, String)> {
@@ -453,12 +277,9 @@ fn unsupported(hello: &Hello) -> Vec<(SessionId, String)> {
     clients.filter_map(|client| Some((client.session, judge(client)?))).collect()
 }
 
-fn blackouts(
-    last_ns: &[(SessionId, u64)],
-    served: &[(SessionId, VolumeName, u64)],
-) -> Vec<Blackout> {
+fn blackouts(last_ns: &[(SessionId, u64)], served: &[Served]) -> Vec<Blackout> {
     let last: HashMap<SessionId, u64> = last_ns.iter().copied().collect();
-    let blackout = |(id, volume, served_ns): &(SessionId, VolumeName, u64)| Blackout {
+    let blackout = |(id, volume, served_ns): &Served| Blackout {
         volume: volume.to_string(),
         session: id.to_string(),
         blackout_us: last.get(id).map_or(0, |last| served_ns.saturating_sub(*last) / 1000),

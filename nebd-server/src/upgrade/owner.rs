@@ -108,7 +108,7 @@ impl Owner<'_> {
             generation,
         };
         let version = env!("CARGO_PKG_VERSION");
-        let (pid, generation) = (std::process::id(), server.generation.0);
+        let (pid, generation) = (std::process::id(), server.tenure.generation().0);
         server.upgrades.report().set_from(describe(
             &self.holdings.binary,
             version,
@@ -194,7 +194,7 @@ impl Owner<'_> {
                 UpgradeKind::DryRun => Purpose::DryRun,
                 _ => Purpose::Takeover,
             },
-            generation: self.server.generation,
+            generation: self.server.tenure.generation(),
             pid: std::process::id(),
             build: env!("CARGO_PKG_VERSION").into(),
             binary: self.holdings.binary.to_string_lossy().into_owned(),
@@ -580,7 +580,7 @@ impl Owner<'_> {
                 tracing::error!(%error, "the end of the candidate cannot be awaited");
             }
         }
-        if self.holdings.host.generation() != self.server.generation {
+        if self.holdings.host.generation() != self.server.tenure.generation() {
             tracing::error!(event = "takeover", "the candidate had taken over and was lost");
             std::process::exit(1);
         }

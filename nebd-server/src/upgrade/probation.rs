@@ -113,7 +113,7 @@ fn take_blackouts(server: &Server) {
             continue;
         };
         let header = session.region.header();
-        if header.blackout_generation.load(Acquire) == server.generation.0 {
+        if header.blackout_generation.load(Acquire) == server.tenure.generation().0 {
             *blackout_us = header.blackout_last_us.load(Relaxed);
         }
     }

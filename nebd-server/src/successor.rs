@@ -1,0 +1,297 @@
+//! What a successor does before it owns anything, and what it does once it owns all.
+//!
+//! ```text
+//!  warm standby ── follows the store ──┐
+//!                                      ├─► Preparation: regions mapped, volumes opened as an observer
+//!  candidate ── is offered the store ──┘                    │ claim
+//!                                                           ▼
+//!                                      resume: locks taken, rings looked at, queues given to shards
+//! ```
+
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::RecvTimeoutError;
+use nebd_abi::VolumeName;
+use nebd_abi::layout::SessionId;
+use nebd_backend::{PrepareContext, PreparedVolume};
+
+use crate::server::{AttachRequest, Server};
+use crate::session::Session;
+use crate::shard::monotonic_ns;
+
+/// Volumes are opened in parallel: storage takes its time.
+const PREPARE_THREADS_MAX: usize = 16;
+/// If all that resume sessions wait for their storage this long, one more begins.
+const PATIENCE: Duration = Duration::from_millis(1);
+/// What is not served after this is served later, on threads of its own.
+const RESUME_TIME_MAX: Duration = Duration::from_millis(500);
+
+/// Sessions that are mapped, and volumes that were opened as an observer.
+pub(crate) struct Preparation {
+    server: Arc<Server>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    sessions: HashMap<SessionId, AttachRequest>,
+    /// Sessions whose descriptors changed since they were mapped.
+    changed: HashSet<SessionId>,
+    volumes: BTreeSet<VolumeName>,
+    /// The time of preparing is over.
+    is_taken: bool,
+}
+
+/// What came of preparing.
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
+    pub(crate) volumes: usize,
+    pub(crate) sessions: usize,
+    /// What cannot be prepared, and why: a session, a volume, or the registry (no name).
+    pub(crate) failures: Vec<(String, String)>,
+}
+
+/// A volume opened as an observer, or why not.
+type Opening = Result<Box<dyn PreparedVolume>, String>;
+
+impl Preparation {
+    /// Nothing is prepared yet.
+    pub(crate) fn new(server: Arc<Server>) -> Preparation {
+        Preparation { server, state: Mutex::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The store holds something else since a moment, or nothing, under this name. What was mapped is let go at
+    /// once: it may be of a session that has ended.
+    pub(crate) fn note_change(&self, name: &str) {
+        let Some(id) = Session::of_store_name(name) else { return };
+        let mut state = self.state();
+        state.changed.insert(id);
+        let mapped = state.sessions.remove(&id);
+        drop(state);
+        drop(mapped);
+    }
+
+    /// Maps the sessions and opens the volumes that are not yet, and lets go of those that are
+    /// needed no longer. Waits as long as their storage does.
+    pub(crate) fn update(&self) -> Progress {
+        let mut failures = Vec::new();
+        if let Err(error) = self.server.registry.reload() {
+            failures.push((String::new(), error.to_string()));
+        }
+        self.map_sessions(&mut failures);
+        let wanted = self.sort_volumes();
+        for (name, result) in self.open_all(&wanted) {
+            match result {
+                Ok(volume) => {
+                    let mut state = self.state();
+                    if !state.is_taken {
+                        state.volumes.insert(name.clone());
+                        self.server.prepared().insert(name, volume);
+                    }
+                }
+                Err(error) => failures.push((name.to_string(), error)),
+            }
+        }
+        let state = self.state();
+        Progress { volumes: state.volumes.len(), sessions: state.sessions.len(), failures }
+    }
+
+    fn map_sessions(&self, failures: &mut Vec<(String, String)>) {
+        let stored = self.server.stored_sessions();
+        let missing: Vec<SessionId> = {
+            let mut state = self.state();
+            state.changed.clear();
+            stored.into_iter().filter(|id| !state.sessions.contains_key(id)).collect()
+        };
+        for id in missing {
+            match self.server.stored_request(id) {
+                Ok(request) => {
+                    let mut state = self.state();
+                    // It may have changed while it was being mapped.
+                    if !state.is_taken && !state.changed.contains(&id) {
+                        state.sessions.insert(id, request);
+                    }
+                }
+                Err(error) => failures.push((id.to_string(), error.to_string())),
+            }
+        }
+    }
+
+    /// Forgets the volumes that no session has any more; returns those to be opened.
+    fn sort_volumes(&self) -> BTreeSet<VolumeName> {
+        let mut state = self.state();
+        if state.is_taken {
+            return BTreeSet::new();
+        }
+        let wanted: BTreeSet<VolumeName> = state.sessions.values().map(volume_of).collect();
+        let State { volumes, .. } = &mut *state;
+        let mut prepared = self.server.prepared();
+        let unwanted: Vec<_> = volumes.extract_if(.., |name| !wanted.contains(name)).collect();
+        let closed: Vec<_> = unwanted.iter().filter_map(|name| prepared.remove(name)).collect();
+        drop(prepared);
+        let missing = wanted.into_iter().filter(|name| !volumes.contains(name)).collect();
+        drop(state);
+        drop(closed);
+        missing
+    }
+
+    /// Opens volumes as an observer, several at a time.
+    fn open_all(&self, wanted: &BTreeSet<VolumeName>) -> Vec<(VolumeName, Opening)> {
+        let server = &self.server;
+        let names: Vec<&VolumeName> = wanted.iter().collect();
+        let next = AtomicUsize::new(0);
+        let opened = Mutex::new(Vec::with_capacity(names.len()));
+        let open = |name: &VolumeName| {
+            let record = server.registry.record(name).ok_or("it is not in the registry")?;
+            let backend = server.backend(name).ok_or("this binary has no such backend")?;
+            let context = PrepareContext { store: server.store.clone() };
+            backend.prepare(&record.spec(name), &context).map_err(|error| error.to_string())
+        };
+        let work = || {
+            while let Some(name) = names.get(next.fetch_add(1, Relaxed)) {
+                let result = open(name);
+                let mut opened = opened.lock().unwrap_or_else(PoisonError::into_inner);
+                opened.push(((*name).clone(), result));
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 1..names.len().min(PREPARE_THREADS_MAX) {
+                scope.spawn(work);
+            }
+            work();
+        });
+        opened.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the time of preparing: the sessions that are mapped, as the store has them.
+    pub(crate) fn take(&self) -> HashMap<SessionId, AttachRequest> {
+        let mut state = self.state();
+        state.is_taken = true;
+        std::mem::take(&mut state.sessions)
+    }
+}
+
+fn volume_of(request: &AttachRequest) -> VolumeName {
+    request.region.params().volume.clone()
+}
+
+/// A session that is served, and since when (`CLOCK_MONOTONIC`).
+pub(crate) type Served = (SessionId, VolumeName, u64);
+
+/// What a new owner is to resume.
+pub(crate) struct Resumption {
+    server: Arc<Server>,
+    now: VecDeque<AttachRequest>,
+    later: Vec<AttachRequest>,
+}
+
+impl Resumption {
+    /// Gives every session of the store its place, before anybody else can ask for its volume.
+    /// Sessions in `left`, and others of their volumes, have a lock that is not free yet.
+    pub(crate) fn reserve(
+        server: &Arc<Server>,
+        mut prepared: HashMap<SessionId, AttachRequest>,
+        left: &[SessionId],
+    ) -> Resumption {
+        let left: HashSet<SessionId> = left.iter().copied().collect();
+        // A lock is a volume's: all of its sessions wait if one has requests at its storage.
+        let locked: HashSet<VolumeName> =
+            left.iter().filter_map(|id| prepared.get(id).map(volume_of)).collect();
+        let (mut now, mut later) = (VecDeque::new(), Vec::new());
+        for id in server.stored_sessions() {
+            match prepared.remove(&id) {
+                Some(request) if !locked.contains(&volume_of(&request)) => now.push_back(request),
+                Some(request) => later.push(request),
+                None => later.extend(server.stored_request_or_forget(id)),
+            }
+        }
+        let wanted: HashSet<VolumeName> = now.iter().chain(&later).map(volume_of).collect();
+        server.prepared().retain(|name, _| wanted.contains(name));
+        now.iter().chain(&later).for_each(|request| server.reserve_for(request));
+        Resumption { server: server.clone(), now, later }
+    }
+
+    /// Serves every session that was prepared; the others, and those whose locks come later, start
+    /// on threads of their own. Returns when each was served.
+    pub(crate) fn run(self) -> Vec<Served> {
+        let Resumption { server, now, mut later } = self;
+        let start = Instant::now();
+        let (served, again) = attach_all(&server, now);
+        if later.is_empty() && again.is_empty() {
+            crate::metrics::note_phase("resume", start.elapsed());
+        }
+        for id in again {
+            match server.stored_request(id) {
+                Ok(request) => later.push(request),
+                Err(error) => tracing::error!(session = %id, %error, "a session is lost"),
+            }
+        }
+        server.resume_all(later);
+        served
+    }
+}
+
+/// Attaches these on a few threads, and returns those that are served after a while, and those that
+/// are to be tried again. One that waits for its storage holds up nothing but its thread.
+fn attach_all(
+    server: &Arc<Server>,
+    requests: VecDeque<AttachRequest>,
+) -> (Vec<Served>, Vec<SessionId>) {
+    let count = requests.len();
+    let queue = Arc::new(Mutex::new(requests));
+    let (sender, results) = crossbeam::channel::unbounded();
+    let next = |queue: &Mutex<VecDeque<AttachRequest>>| {
+        queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    };
+    let spawn = || {
+        let (server, queue, sender) = (server.clone(), queue.clone(), sender.clone());
+        server.clone().jobs.spawn(move || {
+            while let Some(request) = next(&queue) {
+                let id = request.region.params().session;
+                let volume = volume_of(&request);
+                let result = match server.attach_stored(request) {
+                    Ok(_) => Ok((id, volume, monotonic_ns())),
+                    Err(error) => {
+                        tracing::warn!(session = %id, %error, "session waits");
+                        Err(id)
+                    }
+                };
+                if let Err(late) = sender.send(result)
+                    && let Err(id) = late.into_inner()
+                {
+                    // Nobody waits any more.
+                    server.resume_stored(id);
+                }
+            }
+        });
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    (0..threads.min(count)).for_each(|_| spawn());
+    let deadline = Instant::now() + RESUME_TIME_MAX;
+    let (mut served, mut again) = (Vec::with_capacity(count), Vec::new());
+    while served.len() + again.len() < count && Instant::now() < deadline {
+        match results.recv_timeout(PATIENCE) {
+            Ok(Ok(one)) => served.push(one),
+            Ok(Err(id)) => again.push(id),
+            Err(RecvTimeoutError::Timeout) => {
+                if !queue.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
+                    spawn();
+                }
+            }
+            Err(RecvTimeoutError::Disconnected) => break,
+        }
+    }
+    let rest = std::mem::take(&mut *queue.lock().unwrap_or_else(PoisonError::into_inner));
+    server.resume_all(rest.into());
+    (served, again)
+}
+
+#[cfg(test)]
+mod tests;

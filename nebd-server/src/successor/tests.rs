@@ -1,0 +1,168 @@
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+
+use nebd_abi::Generation;
+use nebd_abi::host::{DeathCause, HostPage};
+use nebd_abi::layout::{Geometry, LayoutVersion, RegionParams};
+use nebd_abi::region::Region;
+use nebd_backend::{FdStore, VolumeSpec};
+use nebd_keeper::inherit::Inherited;
+use rustix::event::EventfdFlags;
+
+use super::*;
+use crate::config::Config;
+use crate::registry::Record;
+use crate::run::{Assembly, Ingredients, assemble};
+use crate::server::Origin;
+use crate::session::Memories;
+use crate::session::ledger::Attachment;
+
+fn server(dir: &tempfile::TempDir, name: &str, host: &Arc<HostPage>, store: Store) -> Assembly {
+    let config = Config {
+        socket: dir.path().join(name),
+        state_dir: dir.path().join("state"),
+        shards: 1,
+        ..Config::default()
+    };
+    std::fs::create_dir_all(&config.state_dir).unwrap();
+    let inherited = Inherited { store, ..Inherited::default() };
+    assemble(&config, Ingredients::of(&config, host.clone(), inherited, None).unwrap()).unwrap()
+}
+
+type Store = BTreeMap<String, OwnedFd>;
+
+fn claim(server: &Server) {
+    let generation = server.host.claim(server.host.generation()).unwrap();
+    server.tenure.begin(generation, DeathCause::Unknown);
+}
+
+fn create(server: &Server, volume: &str) -> VolumeName {
+    let name: VolumeName = volume.parse().unwrap();
+    let spec = VolumeSpec { name: name.clone(), size: 1 << 20, block_size: 4096, path: None };
+    let spec = server.backend(&name).unwrap().create(&spec).unwrap();
+    server.registry.put(&name, Record::new(&spec, 0, 0, 0o600)).unwrap();
+    name
+}
+
+fn attach(server: &Server, id: u8, volume: &VolumeName) -> SessionId {
+    let geometry =
+        Geometry { queue_count: 1, queue_depth: 8, iovecs_per_slot: 4, arena_size: 4096 };
+    let session = SessionId([id; 16]);
+    let params = RegionParams {
+        version: LayoutVersion::V1,
+        session,
+        geometry,
+        volume: volume.clone(),
+        client_pid: 0,
+        client_version: "test".into(),
+    };
+    let doorbell = || rustix::event::eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+    let attachment = Attachment {
+        major: 0,
+        attach_flags: 0,
+        client_uid: 0,
+        client_gid: 0,
+        client_pid: 0,
+        incarnation: 0,
+    };
+    let request = AttachRequest {
+        origin: Origin::Client,
+        region: Arc::new(Region::create(params).unwrap()),
+        kicks: vec![doorbell()],
+        calls: vec![doorbell()],
+        peer: None,
+        ledger: None,
+        memories: Memories::new(),
+        attachment,
+    };
+    server.attach(request).unwrap();
+    session
+}
+
+fn copy(server: &Server) -> Store {
+    let mut copy = Store::new();
+    let mut take = |name: &str, fd: std::os::fd::BorrowedFd<'_>| {
+        copy.insert(name.to_owned(), fd.try_clone_to_owned()?);
+        Ok(())
+    };
+    server.store.each(&mut take).unwrap();
+    copy
+}
+
+#[test]
+fn what_the_owner_has_is_prepared_as_it_comes_and_goes_and_then_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = Arc::new(HostPage::create().unwrap());
+    let owner = server(&dir, "owner", &host, Store::new());
+    claim(&owner.server);
+    let (first, second) = (create(&owner.server, "file:a"), create(&owner.server, "file:b"));
+    let a = attach(&owner.server, 1, &first);
+
+    let heir = server(&dir, "heir", &host, copy(&owner.server));
+    let preparation = Preparation::new(heir.server.clone());
+    let counts = |progress: Progress| (progress.volumes, progress.sessions, progress.failures);
+    assert_eq!(counts(preparation.update()), (1, 1, vec![]));
+    assert_eq!(heir.server.tenure.generation(), Generation(0));
+
+    // A session that came: its descriptors first, the rest at the next update.
+    let b = attach(&owner.server, 2, &second);
+    let adopt_all = || {
+        for (name, fd) in copy(&owner.server) {
+            if !heir.server.store.holds(&name) {
+                heir.server.store.adopt(name.clone(), fd);
+                preparation.note_change(&name);
+            }
+        }
+    };
+    adopt_all();
+    assert_eq!(counts(preparation.update()), (2, 2, vec![]));
+    // One that ended: nothing of it is kept mapped or open.
+    for name in heir.server.store.names(&Session::store_name(b, "")) {
+        heir.server.store.disown(&name);
+        preparation.note_change(&name);
+    }
+    assert_eq!(counts(preparation.update()), (1, 1, vec![]));
+    assert!(!heir.server.prepared().contains_key(&second));
+    adopt_all();
+    // Not prepared, and resumed all the same.
+    drop(second);
+
+    // The owner goes, as far as its locks are concerned.
+    for session in owner.server.sessions() {
+        session.volume.volume.relinquish();
+    }
+    claim(&heir.server);
+    let prepared = preparation.take();
+    assert_eq!(prepared.keys().collect::<Vec<_>>(), [&a]);
+    let served = Resumption::reserve(&heir.server, prepared, &[]).run();
+    assert_eq!(served.iter().map(|(id, ..)| *id).collect::<Vec<_>>(), [a]);
+    assert!(heir.server.prepared().is_empty());
+    let is_served = |id| heir.server.session(id).is_some();
+    while !is_served(b) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(is_served(a));
+    // From now on nothing is prepared any more.
+    assert_eq!(counts(preparation.update()).1, 0);
+}
+
+#[test]
+fn a_session_that_changes_while_it_is_mapped_is_mapped_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = Arc::new(HostPage::create().unwrap());
+    let owner = server(&dir, "owner", &host, Store::new());
+    claim(&owner.server);
+    let volume = create(&owner.server, "null:a");
+    let id = attach(&owner.server, 1, &volume);
+    let heir = server(&dir, "heir", &host, copy(&owner.server));
+    let preparation = Preparation::new(heir.server.clone());
+    preparation.update();
+    let memory = nebd_abi::region::SharedMemory::create("guest", 4096).unwrap();
+    let name = Session::store_name(id, "mem1");
+    heir.server.store.adopt(name.clone(), memory.fd().as_fd().try_clone_to_owned().unwrap());
+    preparation.note_change(&name);
+    assert_eq!(preparation.state().sessions.len(), 0, "what was mapped lacks the memory");
+    preparation.update();
+    let sessions = preparation.take();
+    assert!(sessions[&id].memories.get(1).is_some_and(Option::is_some));
+}
