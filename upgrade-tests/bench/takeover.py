@@ -3,17 +3,21 @@
 
 Needs nebd-server and nebdctl (cargo build --release).
 Usage: upgrade-tests/bench/takeover.py [--sessions 1,64,256,1024] [--cases file-1,null-8] [--rounds 3]
-                                       [--kinds none,planned,sigkill]
+                                       [--kinds none,planned,sigkill,sigsegv]
+       upgrade-tests/bench/takeover.py --throughput [--sessions 64] [--cases null-8] [--rounds 10] [--seconds 60]
 
 Each round runs the same load without a takeover and with one of each kind, in turn, so that the noise
 of the machine can be told from the takeover. Printed are medians over the rounds of each run's
-median, 99th percentile and worst volume, in milliseconds. Everything runs in a temporary directory.
+median, 99th percentile and worst volume, in milliseconds. With --throughput: requests of a run with
+a planned takeover in its middle over those of one without, in pairs. Everything runs in a temporary
+directory.
 """
 
 import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import signal
 import statistics
@@ -24,6 +28,8 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 VOLUME_MIB = 4
+SIGNALS = {"sigkill": signal.SIGKILL, "sigsegv": signal.SIGSEGV}
+CORE_BYTES = resource.RLIM_INFINITY
 
 
 def binary(name):
@@ -47,7 +53,8 @@ class Host:
         self.log = open(os.path.join(self.directory, "log"), "w")
         self.keeper = subprocess.Popen(
             [binary("nebd-server"), "keeper", "--config", config, "--socket", self.socket,
-             "--state-dir", self.state], stderr=self.log)
+             "--state-dir", self.state], stderr=self.log, cwd=self.directory,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (CORE_BYTES, CORE_BYTES)))
         for _ in range(500):
             if os.path.exists(os.path.join(self.state, "server.pid")):
                 break
@@ -81,8 +88,8 @@ class Host:
         if kind == "planned":
             out = self.ctl("upgrade", "--probation", "none", "--json")
             steps = {step["name"]: step for step in json.loads(out)["steps"]}
-        elif kind == "sigkill":
-            os.kill(self.server_pid(), signal.SIGKILL)
+        elif kind in SIGNALS:
+            os.kill(self.server_pid(), SIGNALS[kind])
         out, _ = load.communicate()
         result = json.loads(out.strip().splitlines()[-1])
         if result["errors"] or result["mismatches"]:
@@ -102,15 +109,40 @@ def main():
     parser.add_argument("--kinds", default="none,planned,sigkill")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=4)
+    parser.add_argument("--throughput", action="store_true")
     options = parser.parse_args()
     print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, kernel {platform.release()}, "
-          f"{options.rounds} rounds of {options.seconds} s; the longest gap of each volume, in ms\n")
-    print("| volumes | load | kind | p50 | p99 | worst | less no takeover: p50 / p99 / worst |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+          f"{options.rounds} rounds of {options.seconds} s\n")
+    if options.throughput:
+        print("| volumes | load | IOPS without | with a takeover over without: median [each pair] |")
+        print("| --- | --- | --- | --- |")
+    else:
+        print("The longest gap of each volume, in ms:\n")
+        print("| volumes | load | kind | p50 | p99 | worst | less no takeover: p50 / p99 / worst |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
     for case in options.cases.split(","):
         backend, depth = case.rsplit("-", 1)
         for sessions in map(int, options.sessions.split(",")):
-            measure(backend, int(depth), sessions, options)
+            measured = throughput if options.throughput else measure
+            measured(backend, int(depth), sessions, options)
+
+
+def throughput(backend, depth, sessions, options):
+    host = Host(backend, sessions)
+    try:
+        ratios, without = [], []
+        for pair in range(options.rounds):
+            iops = {}
+            # The order changes, so that a machine that gets slower favours neither.
+            for kind in ("none", "planned") if pair % 2 else ("planned", "none"):
+                iops[kind] = host.run(kind, depth, options.seconds)[0]["iops"]
+            ratios.append(iops["planned"] / iops["none"])
+            without.append(iops["none"])
+    finally:
+        host.stop()
+    pairs = " ".join(f"{ratio:.3f}" for ratio in sorted(ratios))
+    print(f"| {sessions} | {backend}, depth {depth} | {statistics.median(without):,.0f} "
+          f"| {statistics.median(ratios):.3f} [{pairs}] |", flush=True)
 
 
 def measure(backend, depth, sessions, options):
