@@ -4,7 +4,7 @@ mod common;
 
 use common::{assert_clean, config};
 use nebd_upgrade_tests::campaign::{
-    self, ACTIONS, CANDIDATE_POINTS, CampaignConfig, Kill, OWNER_POINTS,
+    self, ACTIONS, CANDIDATE_POINTS, CampaignConfig, KEEPER_ACTIONS, Kill, OWNER_POINTS,
 };
 
 #[test]
@@ -37,8 +37,8 @@ fn planned_takeovers_and_deaths_in_turn_with_64_volumes() {
     assert_clean(&campaign::run(config).unwrap(), 8);
 }
 
-/// Every step of either side × a kill; the long run (`upgrade-tests soak --takeover-matrix`) has
-/// every other fault as well.
+/// Every step of either side × a kill; the long run (`upgrade-tests matrix`) has every other fault as
+/// well.
 #[test]
 fn a_death_at_every_step_of_a_takeover() {
     let points = OWNER_POINTS.iter().chain(&CANDIDATE_POINTS);
@@ -57,6 +57,29 @@ fn every_fault_around_the_point_of_no_return() {
         for action in ACTIONS.into_iter().filter(|action| *action != "kill") {
             kinds.push(Kill::at(point, action));
         }
+    }
+    let count = kinds.len();
+    let config = CampaignConfig { kinds, ..config("file", 2, count) };
+    assert_clean(&campaign::run(config).unwrap(), count);
+}
+
+/// The keeper is killed in the middle of every step, and started again at once.
+#[test]
+fn a_death_of_the_keeper_at_every_step_of_a_takeover() {
+    let points = OWNER_POINTS.iter().chain(&CANDIDATE_POINTS);
+    let kinds: Vec<Kill> = points.map(|point| Kill::at(point, "keeper-kill")).collect();
+    let count = kinds.len();
+    let config = CampaignConfig { kinds, ..config("file", 2, count) };
+    assert_clean(&campaign::run(config).unwrap(), count);
+}
+
+/// No keeper for a while, and one that is stopped, on either side of the point of no return.
+#[test]
+fn a_keeper_that_is_away_around_the_point_of_no_return() {
+    let mut kinds = Vec::new();
+    for point in ["candidate-before-claim", "candidate-after-claim"] {
+        let actions = KEEPER_ACTIONS.iter().filter(|action| **action != "keeper-kill");
+        kinds.extend(actions.map(|action| Kill::at(point, action)));
     }
     let count = kinds.len();
     let config = CampaignConfig { kinds, ..config("file", 2, count) };

@@ -213,7 +213,9 @@ impl Owner<'_> {
         };
         let socket = self.socket()?;
         crate::failpoint!("owner-hello");
-        Message::Hello(hello).send(socket, deadline).map_err(refused)?;
+        if !crate::hooks::strange_owner("hello", socket) {
+            Message::Hello(hello).send(socket, deadline).map_err(refused)?;
+        }
         match Message::receive(socket, deadline).map_err(refused)? {
             Message::Welcome(welcome)
                 if (message::VERSION_MIN..=message::VERSION).contains(&welcome.version) =>
@@ -289,7 +291,9 @@ impl Owner<'_> {
         let _ = self.server.store.changes();
         let names = self.server.store.names("");
         let count = names.len() + own.len();
-        self.offer(&names, deadline).map_err(failed("OFFER"))?;
+        if !crate::hooks::strange_owner("offer", self.socket()?) {
+            self.offer(&names, deadline).map_err(failed("OFFER"))?;
+        }
         self.server.upgrades.report().step("OFFER", begin, format!("{count} descriptors"));
         Ok(())
     }
