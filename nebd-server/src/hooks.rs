@@ -109,6 +109,10 @@ pub fn strange_owner(_place: &str, _socket: std::os::fd::BorrowedFd<'_>) -> bool
             "version" => {
                 Fields::new().with(REQUIRED | 1, version(77)).with(REQUIRED | 2, version(78))
             }
+            "tag" if _place == "hello" => Fields::new()
+                .with(REQUIRED | 1, version(1))
+                .with(REQUIRED | 2, version(1))
+                .with(REQUIRED | 0x7ff0, b"of a later version"),
             "tag" => Fields::new().with(REQUIRED | 0x7ff0, b"of a later version"),
             // A field that is longer than its message.
             _ => Fields::new().with(0x5a5a, [0x5a; 100]),

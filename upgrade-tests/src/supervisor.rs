@@ -210,6 +210,9 @@ impl Host {
             let (waited_for, log) = ("the end of the keeper", self.log());
             return Err(HostError::Late { waited_for, limit: PATIENCE, log });
         }
+        // What the dead one wrote is not to be taken for the word of this one, which writes it anew
+        // when it has all that a server registers.
+        let _ = fs::remove_file(self.state_dir.join("server.pid"));
         self.keeper = start_keeper(&self.config, self._dir.path())?;
         Ok(())
     }
@@ -221,7 +224,7 @@ impl Host {
             let serving = host.server_pid().into_iter().collect::<Vec<i32>>();
             keeper.trim() == host.keeper_pid().to_string()
                 && processes_of(&host.state_dir, "keeper") == [host.keeper_pid() as i32]
-                && processes_of(&host.state_dir, "run") == serving
+                && servers_of(&host.state_dir, &serving) == serving
                 && host.kept() == serving
         })
     }
@@ -331,16 +334,21 @@ fn start_keeper(config: &HostConfig, dir: &Path) -> Result<Process, HostError> {
     Process::start(command, &dir.join("log")).map_err(system("start the keeper"))
 }
 
+/// The living servers, but for those that stand by. One that serves may have stood by.
+fn servers_of(state_dir: &Path, serving: &[i32]) -> Vec<i32> {
+    let stands_by = |pid: &i32| !serving.contains(pid) && has_argument(*pid, b"--standby");
+    processes_of(state_dir, "run").into_iter().filter(|pid| !stands_by(pid)).collect()
+}
+
 /// The living processes that were started with this command on this state directory, but for the
 /// holders of servers' memory.
 fn processes_of(state_dir: &Path, command: &str) -> Vec<i32> {
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
     let is_one = |pid: &i32| {
-        let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
         is_of_this_host(*pid, state_dir)
-            && arguments.split(|byte| *byte == 0).nth(1) == Some(command.as_bytes())
+            && has_argument(*pid, command.as_bytes())
             && name.trim() != "nebd-memory"
     };
     pids.filter(is_one).collect()
@@ -348,9 +356,12 @@ fn processes_of(state_dir: &Path, command: &str) -> Vec<i32> {
 
 /// Whether this process was started with our state directory, and is no later bearer of the pid.
 fn is_of_this_host(pid: i32, state_dir: &Path) -> bool {
+    has_argument(pid, state_dir.as_os_str().as_encoded_bytes())
+}
+
+fn has_argument(pid: i32, argument: &[u8]) -> bool {
     let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let ours = state_dir.as_os_str().as_encoded_bytes();
-    arguments.split(|byte| *byte == 0).any(|argument| argument == ours)
+    arguments.split(|byte| *byte == 0).any(|one| one == argument)
 }
 
 /// Waits until a process has died. `Ok(false)` if it has not within the limit.

@@ -4,7 +4,7 @@ mod common;
 
 use common::{assert_clean, config};
 use nebd_upgrade_tests::campaign::{
-    self, ACTIONS, CANDIDATE_POINTS, CampaignConfig, KEEPER_ACTIONS, Kill, OWNER_POINTS,
+    self, ACTIONS, CANDIDATE_POINTS, Campaign, CampaignConfig, KEEPER_ACTIONS, Kill, OWNER_POINTS,
 };
 
 #[test]
@@ -84,6 +84,23 @@ fn a_keeper_that_is_away_around_the_point_of_no_return() {
     let count = kinds.len();
     let config = CampaignConfig { kinds, ..config("file", 2, count) };
     assert_clean(&campaign::run(config).unwrap(), count);
+}
+
+/// Requests of the old server that end after the new one has settled: it goes by itself all the same,
+/// and is not waited for until its time is over.
+#[test]
+fn an_old_server_goes_once_its_last_request_has_ended() {
+    let mut config = config("file", 2, 4);
+    config.file_engine = "threads";
+    config.environment.push(("NEBD_TEST_SYNC_MS".into(), "60".into()));
+    let mut campaign = Campaign::start(config).unwrap();
+    for _ in 0..4 {
+        campaign.kill(&Kill::Takeover).unwrap();
+        let log = campaign.host().log();
+        assert!(log.contains("with requests at their storage"), "{log}");
+        assert!(!log.contains("the old server does not go"), "{log}");
+    }
+    assert_clean(&campaign.finish(), 4);
 }
 
 /// Frozen once it has let go, overtaken, and continued: nothing of the old server gets through,
