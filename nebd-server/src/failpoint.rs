@@ -4,7 +4,7 @@
 //! is `kill`, `segv`, `abort`, `hang` or `stop`, and `nth` (1 by default) says at which passage it
 //! fires. `keeper-kill`, `keeper-segv` and `keeper-stop` do it to the keeper; this process goes on
 //! once it is done. A line is removed from the file before it fires, so a successor does not meet it
-//! again.
+//! again; what follows on a line tells it from one that some server has read before.
 //! Without the feature `test-hooks` the points compile to nothing.
 
 /// Passes a failpoint.
@@ -35,6 +35,7 @@ pub mod active {
         point: String,
         action: String,
         left: AtomicU64,
+        line: String,
     }
 
     struct Table {
@@ -56,7 +57,7 @@ pub mod active {
                 let mut words = line.split_whitespace();
                 let (point, action) = (words.next()?.to_owned(), words.next()?.to_owned());
                 let nth = words.next().and_then(|n| n.parse().ok()).unwrap_or(1);
-                Some(Armed { point, action, left: AtomicU64::new(nth) })
+                Some(Armed { point, action, left: AtomicU64::new(nth), line: line.into() })
             })
             .collect();
         let _ = TABLE.set(Table { state_dir: state_dir.into(), path, armed, file: Mutex::new(()) });
@@ -85,10 +86,7 @@ pub mod active {
             let rest: String = text
                 .lines()
                 .filter(|line| {
-                    let mut words = line.split_whitespace();
-                    let this = words.next() == Some(&armed.point)
-                        && words.next() == Some(&armed.action)
-                        && !removed;
+                    let this = *line == armed.line && !removed;
                     removed |= this;
                     !this
                 })

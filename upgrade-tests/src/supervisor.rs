@@ -13,6 +13,7 @@ mod process;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -282,7 +283,9 @@ impl Host {
     pub fn arm(&self, point: &str, action: &str, nth: u64) -> Result<(), HostError> {
         let path = self.state_dir.join("failpoints");
         let mut text = fs::read_to_string(&path).unwrap_or_default();
-        text.push_str(&format!("{point} {action} {nth}\n"));
+        // A server that read an earlier line, and never met it, is not to take this one for it.
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        text.push_str(&format!("{point} {action} {nth} {}\n", NUMBER.fetch_add(1, Relaxed)));
         fs::write(path, text).map_err(system("write failpoints"))
     }
 
