@@ -17,7 +17,7 @@ fn old_binary() -> PathBuf {
     programs().server.canonicalize().unwrap()
 }
 
-/// On `null`-free, verified volumes, with a kill in the end that shows whose binary the keeper starts.
+/// Two volumes under load.
 fn start(standby: bool) -> Campaign {
     Campaign::start(CampaignConfig { standby, ..config("file", 2, 1) }).unwrap()
 }
