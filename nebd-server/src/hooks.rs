@@ -91,3 +91,47 @@ pub fn strange_welcome(_socket: &std::os::fd::OwnedFd) {
         }
     }
 }
+
+/// An owner that says something else than it should, in the place of a hello (`NEBD_TEST_OWNER`:
+/// `hello-version`, `hello-garbage`, `hello-tag`) or of an offer (`offer-garbage`, `offer-tag`).
+/// `place` is `hello` or `offer`. Whether it did.
+pub fn strange_owner(_place: &str, _socket: std::os::fd::BorrowedFd<'_>) -> bool {
+    #[cfg(feature = "test-hooks")]
+    {
+        use crate::handover::wire::{self, Fields, REQUIRED};
+        let fault = std::env::var("NEBD_TEST_OWNER").unwrap_or_default();
+        let Some(fault) = fault.strip_prefix(_place).and_then(|rest| rest.strip_prefix('-')) else {
+            return false;
+        };
+        let kind = REQUIRED | if _place == "hello" { 1 } else { 4 };
+        let version = |number: u32| number.to_le_bytes();
+        let body = match fault {
+            "version" => {
+                Fields::new().with(REQUIRED | 1, version(77)).with(REQUIRED | 2, version(78))
+            }
+            "tag" if _place == "hello" => Fields::new()
+                .with(REQUIRED | 1, version(1))
+                .with(REQUIRED | 2, version(1))
+                .with(REQUIRED | 0x7ff0, b"of a later version"),
+            "tag" => Fields::new().with(REQUIRED | 0x7ff0, b"of a later version"),
+            // A field that is longer than its message.
+            _ => Fields::new().with(0x5a5a, [0x5a; 100]),
+        };
+        let bytes = if fault == "garbage" { &body.bytes()[..90] } else { body.bytes() };
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(1);
+        if let Err(error) = wire::send(_socket, kind, bytes, &[], deadline) {
+            eprintln!("the strange message was not sent: {error}");
+        }
+        true
+    }
+    #[cfg(not(feature = "test-hooks"))]
+    false
+}
+
+/// What a server on probation has to complain of, whatever it sees (`NEBD_TEST_COMPLAINT`).
+pub fn complaint() -> Option<String> {
+    #[cfg(feature = "test-hooks")]
+    return std::env::var("NEBD_TEST_COMPLAINT").ok();
+    #[cfg(not(feature = "test-hooks"))]
+    None
+}

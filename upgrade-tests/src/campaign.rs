@@ -33,7 +33,7 @@ use crate::workload::Mix;
 pub use kill::{Kill, KillParseError};
 pub use power::run_power_cuts;
 pub use summary::{Blackouts, Summary};
-pub use takeover::{ACTIONS, CANDIDATE_POINTS, OWNER_POINTS};
+pub use takeover::{ACTIONS, CANDIDATE_POINTS, KEEPER_ACTIONS, OWNER_POINTS};
 
 /// What a campaign does.
 #[derive(Clone, Debug)]
@@ -180,7 +180,7 @@ impl Campaign {
         host_config.hang_timeout_ms = config.hang_timeout_ms;
         host_config.environment = config.environment.clone();
         host_config.step_timeout_ms = takeover::STEP_TIME_MAX.as_millis() as u64;
-        host_config.core_dumps = config.kinds.contains(&Kill::SIGSEGV);
+        host_config.core_dumps = config.kinds.iter().any(Kill::dumps_core);
         let mut store = None;
         if config.backend == "fence-test" {
             let arguments: Vec<&str> = config.store_arguments.iter().map(String::as_str).collect();

@@ -29,6 +29,7 @@ pub mod device;
 pub mod fence_store;
 pub mod file_device;
 pub mod load;
+pub mod matrix;
 pub mod memory;
 pub mod oracle;
 pub mod report;

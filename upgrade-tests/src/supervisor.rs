@@ -13,6 +13,7 @@ mod process;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -172,6 +173,7 @@ impl HostConfig {
 
 /// A keeper with its server, in a temporary directory.
 pub struct Host {
+    config: HostConfig,
     keeper: Process,
     socket: PathBuf,
     state_dir: PathBuf,
@@ -191,27 +193,48 @@ impl Host {
         fs::write(path.join("nebd.toml"), config.toml()).map_err(system("write nebd.toml"))?;
         let (socket, state_dir) = (path.join("nebd.sock"), path.join("state"));
         fs::create_dir(&state_dir).map_err(system("make the state directory"))?;
-        let arguments = [
-            "keeper".into(),
-            "--config".into(),
-            path.join("nebd.toml").into_os_string(),
-            "--socket".into(),
-            socket.clone().into_os_string(),
-            "--state-dir".into(),
-            state_dir.clone().into_os_string(),
-        ];
-        let log = path.join("log");
-        let mut command = std::process::Command::new(&config.server);
-        command.args(arguments).current_dir(path).envs(config.environment.iter().cloned());
         if config.core_dumps {
             process::allow_core_dumps().map_err(system_nix("allow core dumps"))?;
         }
-        let keeper = Process::start(command, &log).map_err(system("start the keeper"))?;
-        let host = Host { keeper, socket, state_dir, _dir: dir };
+        let keeper = start_keeper(config, path)?;
+        let host = Host { config: config.clone(), keeper, socket, state_dir, _dir: dir };
         host.wait_for("the first server", |host| {
             host.server_pid().is_some() && host.socket.exists()
         })?;
         Ok(host)
+    }
+
+    /// Starts a keeper in the place of one that has died, or is about to: as an operator would, or
+    /// systemd.
+    pub fn restart_keeper(&mut self) -> Result<(), HostError> {
+        if !self.keeper.wait(PATIENCE) {
+            let (waited_for, log) = ("the end of the keeper", self.log());
+            return Err(HostError::Late { waited_for, limit: PATIENCE, log });
+        }
+        // What the dead one wrote is not to be taken for the word of this one, which writes it anew
+        // when it has all that a server registers.
+        let _ = fs::remove_file(self.state_dir.join("server.pid"));
+        self.keeper = start_keeper(&self.config, self._dir.path())?;
+        Ok(())
+    }
+
+    /// Waits until this keeper keeps the one server that there is.
+    pub fn wait_for_order(&self) -> Result<(), HostError> {
+        self.wait_for("one server under one keeper", |host| {
+            let keeper = fs::read_to_string(host.state_dir.join("keeper.pid")).unwrap_or_default();
+            let serving = host.server_pid().into_iter().collect::<Vec<i32>>();
+            keeper.trim() == host.keeper_pid().to_string()
+                && processes_of(&host.state_dir, "keeper") == [host.keeper_pid() as i32]
+                && servers_of(&host.state_dir, &serving) == serving
+                && host.kept() == serving
+        })
+    }
+
+    /// The processes that the keeper has noted as its servers.
+    fn kept(&self) -> Vec<i32> {
+        let text = fs::read_to_string(self.state_dir.join("children")).unwrap_or_default();
+        let pid = |line: &str| line.strip_prefix("serving ")?.split(' ').next()?.parse().ok();
+        text.lines().filter_map(pid).collect()
     }
 
     /// The client socket.
@@ -255,11 +278,14 @@ impl Host {
     }
 
     /// Has the next server (the present one has read its list already) do `action` when it passes
-    /// `point` for the `nth` time: `kill`, `segv`, `abort`, `hang` or `stop`.
+    /// `point` for the `nth` time: `kill`, `segv`, `abort`, `hang` or `stop`, or to the keeper
+    /// `keeper-kill`, `keeper-segv` or `keeper-stop`.
     pub fn arm(&self, point: &str, action: &str, nth: u64) -> Result<(), HostError> {
         let path = self.state_dir.join("failpoints");
         let mut text = fs::read_to_string(&path).unwrap_or_default();
-        text.push_str(&format!("{point} {action} {nth}\n"));
+        // A server that read an earlier line, and never met it, is not to take this one for it.
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        text.push_str(&format!("{point} {action} {nth} {}\n", NUMBER.fetch_add(1, Relaxed)));
         fs::write(path, text).map_err(system("write failpoints"))
     }
 
@@ -303,11 +329,42 @@ impl Drop for Host {
     }
 }
 
+fn start_keeper(config: &HostConfig, dir: &Path) -> Result<Process, HostError> {
+    let mut command = std::process::Command::new(&config.server);
+    command.arg("keeper").arg("--config").arg(dir.join("nebd.toml"));
+    command.arg("--socket").arg(dir.join("nebd.sock")).arg("--state-dir").arg(dir.join("state"));
+    command.current_dir(dir).envs(config.environment.iter().cloned());
+    Process::start(command, &dir.join("log")).map_err(system("start the keeper"))
+}
+
+/// The living servers, but for those that stand by. One that serves may have stood by.
+fn servers_of(state_dir: &Path, serving: &[i32]) -> Vec<i32> {
+    let stands_by = |pid: &i32| !serving.contains(pid) && has_argument(*pid, b"--standby");
+    processes_of(state_dir, "run").into_iter().filter(|pid| !stands_by(pid)).collect()
+}
+
+/// The living processes that were started with this command on this state directory, but for the
+/// holders of servers' memory.
+fn processes_of(state_dir: &Path, command: &str) -> Vec<i32> {
+    let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let is_one = |pid: &i32| {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        is_of_this_host(*pid, state_dir)
+            && has_argument(*pid, command.as_bytes())
+            && name.trim() != "nebd-memory"
+    };
+    pids.filter(is_one).collect()
+}
+
 /// Whether this process was started with our state directory, and is no later bearer of the pid.
 fn is_of_this_host(pid: i32, state_dir: &Path) -> bool {
+    has_argument(pid, state_dir.as_os_str().as_encoded_bytes())
+}
+
+fn has_argument(pid: i32, argument: &[u8]) -> bool {
     let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let ours = state_dir.as_os_str().as_encoded_bytes();
-    arguments.split(|byte| *byte == 0).any(|argument| argument == ours)
+    arguments.split(|byte| *byte == 0).any(|one| one == argument)
 }
 
 /// Waits until a process has died. `Ok(false)` if it has not within the limit.

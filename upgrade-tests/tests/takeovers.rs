@@ -4,7 +4,7 @@ mod common;
 
 use common::{assert_clean, config};
 use nebd_upgrade_tests::campaign::{
-    self, ACTIONS, CANDIDATE_POINTS, CampaignConfig, Kill, OWNER_POINTS,
+    self, ACTIONS, CANDIDATE_POINTS, Campaign, CampaignConfig, KEEPER_ACTIONS, Kill, OWNER_POINTS,
 };
 
 #[test]
@@ -37,8 +37,8 @@ fn planned_takeovers_and_deaths_in_turn_with_64_volumes() {
     assert_clean(&campaign::run(config).unwrap(), 8);
 }
 
-/// Every step of either side × a kill; the long run (`upgrade-tests soak --takeover-matrix`) has
-/// every other fault as well.
+/// Every step of either side × a kill; the long run (`upgrade-tests matrix`) has every other fault as
+/// well.
 #[test]
 fn a_death_at_every_step_of_a_takeover() {
     let points = OWNER_POINTS.iter().chain(&CANDIDATE_POINTS);
@@ -61,6 +61,46 @@ fn every_fault_around_the_point_of_no_return() {
     let count = kinds.len();
     let config = CampaignConfig { kinds, ..config("file", 2, count) };
     assert_clean(&campaign::run(config).unwrap(), count);
+}
+
+/// The keeper is killed in the middle of every step, and started again at once.
+#[test]
+fn a_death_of_the_keeper_at_every_step_of_a_takeover() {
+    let points = OWNER_POINTS.iter().chain(&CANDIDATE_POINTS);
+    let kinds: Vec<Kill> = points.map(|point| Kill::at(point, "keeper-kill")).collect();
+    let count = kinds.len();
+    let config = CampaignConfig { kinds, ..config("file", 2, count) };
+    assert_clean(&campaign::run(config).unwrap(), count);
+}
+
+/// No keeper for a while, and one that is stopped, on either side of the point of no return.
+#[test]
+fn a_keeper_that_is_away_around_the_point_of_no_return() {
+    let mut kinds = Vec::new();
+    for point in ["candidate-before-claim", "candidate-after-claim"] {
+        let actions = KEEPER_ACTIONS.iter().filter(|action| **action != "keeper-kill");
+        kinds.extend(actions.map(|action| Kill::at(point, action)));
+    }
+    let count = kinds.len();
+    let config = CampaignConfig { kinds, ..config("file", 2, count) };
+    assert_clean(&campaign::run(config).unwrap(), count);
+}
+
+/// Requests of the old server that end after the new one has settled: it goes by itself all the same,
+/// and is not waited for until its time is over.
+#[test]
+fn an_old_server_goes_once_its_last_request_has_ended() {
+    let mut config = config("file", 2, 4);
+    config.file_engine = "threads";
+    config.environment.push(("NEBD_TEST_SYNC_MS".into(), "60".into()));
+    let mut campaign = Campaign::start(config).unwrap();
+    for _ in 0..4 {
+        campaign.kill(&Kill::Takeover).unwrap();
+        let log = campaign.host().log();
+        assert!(log.contains("with requests at their storage"), "{log}");
+        assert!(!log.contains("the old server does not go"), "{log}");
+    }
+    assert_clean(&campaign.finish(), 4);
 }
 
 /// Frozen once it has let go, overtaken, and continued: nothing of the old server gets through,

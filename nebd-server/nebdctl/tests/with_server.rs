@@ -76,3 +76,30 @@ fn the_demo_passes_and_cleans_up() {
     assert!(events.iter().all(|event| event["blackout_ms"].as_f64() > Some(0.0)));
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "something was left behind");
 }
+
+#[test]
+fn the_demo_of_upgrades_shows_each_kind_once_and_cleans_up() {
+    let directory = tempfile::Builder::new().prefix("nebdctl-").tempdir_in("/tmp").unwrap();
+    let output = Command::new(NEBDCTL)
+        .args(["demo", "--upgrade", "--seconds", "3", "--json"])
+        .env("TMPDIR", directory.path())
+        .env("NEBD_SERVER", server())
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{told}");
+    let report = json(&output);
+    assert_eq!((report["errors"].as_u64(), report["mismatches"].as_u64()), (Some(0), Some(0)));
+    let events = report["events"].as_array().unwrap();
+    let kinds: Vec<_> = events.iter().map(|event| event["kind"].as_str().unwrap()).collect();
+    assert_eq!(kinds, ["planned", "refused", "rolled-back", "sigkill"], "{report}");
+    for event in events {
+        let is_moved = event["pid"] != event["successor_pid"];
+        let moves = event["kind"] == "planned" || event["kind"] == "sigkill";
+        assert_eq!(is_moved, moves, "{event}");
+        assert!(event["blackout_ms"].as_f64() > Some(0.0), "{event}");
+        assert!(event["writes_in_flight"].as_u64() >= Some(8), "{event}");
+    }
+    assert!(events[1]["detail"].as_str().unwrap().contains("is it a nebd-server"), "{report}");
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "something was left behind");
+}

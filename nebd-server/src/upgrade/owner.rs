@@ -46,6 +46,8 @@ const RESUME_TIME_MAX: Duration = Duration::from_secs(2);
 const LINGER_TIME_MAX: Duration = Duration::from_secs(10);
 /// Between looks at the new server while requests are still at their storage.
 const DRAIN_PAUSE: Duration = Duration::from_millis(2);
+/// Messages of a candidate that went away, and errors of its socket, in which its reason is looked for.
+const LAST_LOOKS: usize = 4;
 /// Entries of the store in one message.
 const OFFER_ENTRIES_MAX: usize = 128;
 
@@ -72,7 +74,7 @@ pub(super) fn hand_over(server: &Arc<Server>, holdings: &Holdings, order: &Order
     let mut owner = Owner { server, holdings, order, candidate: None };
     let failure = match owner.attempt() {
         Ok(never) => match never {},
-        Err(failure) => failure,
+        Err(failure) => owner.with_last_words(failure),
     };
     owner.go_on();
     let mut report = server.upgrades.report();
@@ -213,7 +215,9 @@ impl Owner<'_> {
         };
         let socket = self.socket()?;
         crate::failpoint!("owner-hello");
-        Message::Hello(hello).send(socket, deadline).map_err(refused)?;
+        if !crate::hooks::strange_owner("hello", socket) {
+            Message::Hello(hello).send(socket, deadline).map_err(refused)?;
+        }
         match Message::receive(socket, deadline).map_err(refused)? {
             Message::Welcome(welcome)
                 if (message::VERSION_MIN..=message::VERSION).contains(&welcome.version) =>
@@ -289,7 +293,9 @@ impl Owner<'_> {
         let _ = self.server.store.changes();
         let names = self.server.store.names("");
         let count = names.len() + own.len();
-        self.offer(&names, deadline).map_err(failed("OFFER"))?;
+        if !crate::hooks::strange_owner("offer", self.socket()?) {
+            self.offer(&names, deadline).map_err(failed("OFFER"))?;
+        }
         self.server.upgrades.report().step("OFFER", begin, format!("{count} descriptors"));
         Ok(())
     }
@@ -532,6 +538,12 @@ impl Owner<'_> {
             if waiting.is_empty() {
                 crate::failpoint!("owner-released");
             }
+            // Nothing more will be said then: before the wait for it.
+            if has_settled && waiting.is_empty() {
+                tracing::info!(event = "takeover", "handed over; this server goes");
+                crate::failpoint!("owner-linger");
+                std::process::exit(0);
+            }
             let limit = if has_resumed { SETTLE_TIME_MAX } else { RESUME_TIME_MAX };
             let deadline = begin + limit;
             let until = if waiting.is_empty() { deadline } else { Instant::now() };
@@ -543,11 +555,6 @@ impl Owner<'_> {
                 Ok(Err(WireError::Late(_))) if Instant::now() < deadline => {}
                 _ if has_resumed => has_settled = true,
                 _ => self.give_up_new_server(),
-            }
-            if has_settled && waiting.is_empty() {
-                tracing::info!(event = "takeover", "handed over; this server goes");
-                crate::failpoint!("owner-linger");
-                std::process::exit(0);
             }
         }
     }
@@ -566,6 +573,23 @@ impl Owner<'_> {
     fn relinquish(&self, name: &VolumeName) {
         if let Some(volume) = self.server.volumes.open(name) {
             volume.volume.relinquish();
+        }
+    }
+
+    /// The failure, with the candidate's own reason if it refused: that it has gone may have been
+    /// noticed before what it had said. It closed with messages of ours unread, so the first look may
+    /// find that and nothing else.
+    fn with_last_words(&self, failure: Failure) -> Failure {
+        let Some(candidate) = &self.candidate else { return failure };
+        let look = |_| Message::receive(&candidate.socket, Instant::now());
+        let reason = (0..LAST_LOOKS).map(look).find_map(|heard| match heard {
+            Ok(Message::Refused(reason)) => Some(reason),
+            _ => None,
+        });
+        match (failure, reason) {
+            (Failure::Refused(_), Some(reason)) => Failure::Refused(reason),
+            (Failure::Failed { step, .. }, Some(reason)) => Failure::Failed { step, reason },
+            (failure, _) => failure,
         }
     }
 

@@ -121,6 +121,9 @@ fn take_blackouts(server: &Server) {
 }
 
 fn complaint(server: &Server, begun: &Begun, elapsed: Duration) -> Option<String> {
+    if let Some(reason) = crate::hooks::complaint() {
+        return Some(reason);
+    }
     if elapsed > RESUME_TIME_MAX {
         let waiting = server.waiting_sessions();
         if let Some(volume) = waiting.first() {

@@ -10,6 +10,7 @@ use nebd_upgrade_tests::client_device::{AttachOptions, ClientDevice};
 use nebd_upgrade_tests::device::Device;
 use nebd_upgrade_tests::file_device::FileDevice;
 use nebd_upgrade_tests::load::{Load, total};
+use nebd_upgrade_tests::matrix::{self, Cell};
 use nebd_upgrade_tests::report::VolumeReport;
 use nebd_upgrade_tests::stream::{Stream, StreamOptions};
 use nebd_upgrade_tests::supervisor::Programs;
@@ -29,6 +30,9 @@ struct Cli {
 enum Command {
     /// Start a nebd-server of our own, and kill it again and again under verified load.
     Soak(Soak),
+    /// Meet every step of a planned takeover with every fault, on the old server, the new one and the
+    /// keeper, under verified load.
+    Matrix(MatrixArgs),
     /// Put a device that is there already under verified load; its contents are overwritten.
     Run(Run),
 }
@@ -44,7 +48,8 @@ struct Soak {
     /// Volumes, each attached once.
     #[arg(long, default_value_t = 1)]
     sessions: usize,
-    /// How the server dies, taken in turn: sigkill, sigsegv, sigabrt, sigstop, stop-cont, POINT:ACTION.
+    /// How the server dies, taken in turn: sigkill, sigsegv, sigabrt, sigstop, stop-cont, planned,
+    /// POINT:ACTION.
     #[arg(long, value_delimiter = ',', default_value = "sigkill")]
     kind: Vec<Kill>,
     /// Requests in flight on each volume.
@@ -77,6 +82,31 @@ struct Soak {
     /// NAME=VALUE for the server's environment; may be repeated.
     #[arg(long, value_parser = variable)]
     env: Vec<(String, String)>,
+    /// nebd-server, of a build with the feature test-hooks [default: beside this program]
+    #[arg(long)]
+    nebd_server: Option<PathBuf>,
+    /// fence-store [default: beside this program]
+    #[arg(long)]
+    fence_store: Option<PathBuf>,
+    /// Print the result as JSON, on the last line.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct MatrixArgs {
+    /// file, mem or fence-test.
+    #[arg(long, default_value = "file")]
+    backend: String,
+    /// Volumes, each attached once.
+    #[arg(long, default_value_t = 2)]
+    sessions: usize,
+    /// Requests in flight on each volume.
+    #[arg(long, default_value_t = 32)]
+    depth: u32,
+    /// Seed of the workload and of the pauses.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
     /// nebd-server, of a build with the feature test-hooks [default: beside this program]
     #[arg(long)]
     nebd_server: Option<PathBuf>,
@@ -127,6 +157,7 @@ fn variable(text: &str) -> Result<(String, String), &'static str> {
 fn main() -> ExitCode {
     let clean = match Cli::parse().command {
         Command::Soak(soak) => run_soak(soak),
+        Command::Matrix(args) => run_matrix(args),
         Command::Run(run) => run_device(&run),
     };
     match clean {
@@ -163,6 +194,26 @@ fn run_soak(soak: Soak) -> anyhow::Result<bool> {
         println!("{}", serde_json::to_string(&summary)?);
     }
     Ok(summary.is_clean())
+}
+
+fn run_matrix(args: MatrixArgs) -> anyhow::Result<bool> {
+    let programs = Programs::find(args.nebd_server, args.fence_store)?;
+    let config = CampaignConfig {
+        sessions: args.sessions,
+        depth: args.depth,
+        seed: args.seed,
+        ..CampaignConfig::new(programs, &args.backend)
+    };
+    let matrix = matrix::run(&config, |cell| {
+        let verdict = if cell.wrong.is_some() { "FAIL" } else { "passed" };
+        let Cell { point, action, blackout_ms, .. } = cell;
+        eprintln!("{point}:{action}: {verdict}, blackout {blackout_ms:.1} ms");
+    });
+    println!("{matrix}");
+    if args.json {
+        println!("{}", serde_json::to_string(&matrix)?);
+    }
+    Ok(matrix.is_clean())
 }
 
 fn run_device(run: &Run) -> anyhow::Result<bool> {

@@ -6,6 +6,8 @@ use std::str::FromStr;
 
 use nix::sys::signal::Signal;
 
+use super::takeover::{ACTIONS, KEEPER_ACTIONS};
+
 /// How a server dies, or is made to look dead.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Kill {
@@ -22,7 +24,8 @@ pub enum Kill {
     Failpoint {
         /// The point.
         point: String,
-        /// `kill`, `segv`, `abort`, `hang` or `stop`.
+        /// `kill`, `segv`, `abort`, `hang` or `stop`; at a point of a takeover also
+        /// `keeper-kill`, `keeper-segv` or `keeper-stop`.
         action: String,
     },
 }
@@ -41,10 +44,16 @@ impl Kill {
     pub(super) fn is_takeover(&self) -> bool {
         match self {
             Kill::Takeover | Kill::TakeoverBy(_) => true,
-            Kill::Failpoint { point, .. } => {
-                point.starts_with("owner-") || point.starts_with("candidate-")
-            }
+            Kill::Failpoint { point, .. } => is_of_takeover(point),
             _ => false,
+        }
+    }
+
+    /// Whether somebody dies of SIGSEGV: with a core dump, where they are on.
+    pub(super) fn dumps_core(&self) -> bool {
+        match self {
+            Kill::Failpoint { action, .. } => action.ends_with("segv"),
+            kill => *kill == Kill::SIGSEGV,
         }
     }
 
@@ -52,6 +61,10 @@ impl Kill {
     pub fn at(point: &str, action: &str) -> Kill {
         Kill::Failpoint { point: point.into(), action: action.into() }
     }
+}
+
+fn is_of_takeover(point: &str) -> bool {
+    point.starts_with("owner-") || point.starts_with("candidate-")
 }
 
 /// Up to how often a server passes this point soon after its start.
@@ -80,7 +93,10 @@ impl FromStr for Kill {
             "stop-cont" => Kill::StopAndContinue,
             "planned" => Kill::Takeover,
             _ => match text.split_once(':') {
-                Some((point, action @ ("kill" | "segv" | "abort" | "hang" | "stop"))) => {
+                Some((point, action)) if ACTIONS.contains(&action) => Kill::at(point, action),
+                Some((point, action))
+                    if KEEPER_ACTIONS.contains(&action) && is_of_takeover(point) =>
+                {
                     Kill::at(point, action)
                 }
                 _ => return Err(KillParseError(text.into())),
@@ -106,11 +122,11 @@ mod tests {
 
     #[test]
     fn every_kind_is_read_back() {
-        for text in
-            ["sigkill", "sigsegv", "sigabrt", "sigstop", "stop-cont", "planned", "after-pop:hang"]
-        {
+        let signals = ["sigkill", "sigsegv", "sigabrt", "sigstop", "stop-cont", "planned"];
+        for text in signals.into_iter().chain(["after-pop:hang", "owner-ready:keeper-kill"]) {
             assert_eq!(text.parse::<Kill>().unwrap().to_string(), text);
         }
+        assert!("after-pop:keeper-kill".parse::<Kill>().is_err(), "nobody would start it again");
         assert!("after-pop:dance".parse::<Kill>().is_err());
     }
 }

@@ -4,9 +4,11 @@
 //!  Takeover                 it simply works
 //!  owner-POINT:ACTION       the old server meets it  (it learns of the point by a takeover before)
 //!  candidate-POINT:ACTION   the new one meets it
+//!  …-POINT:keeper-ACTION    the keeper meets it, when that server passes the point
 //! ```
 //!
-//! Whatever happens, IO goes on, nothing is wrong with a block, and in the end one server serves.
+//! Whatever happens, IO goes on, nothing is wrong with a block, and in the end one server serves under
+//! one keeper. A keeper that was struck shows in the end that it is one: its server is killed, too.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -45,6 +47,12 @@ pub const CANDIDATE_POINTS: [&str; 9] = [
 /// What may happen at a point.
 pub const ACTIONS: [&str; 5] = ["kill", "segv", "abort", "stop", "hang"];
 
+/// What may happen to the keeper at a point. Killed by SIGKILL it is started again at once, by SIGSEGV
+/// a while later; stopped it is continued when everybody's patience has ended.
+pub const KEEPER_ACTIONS: [&str; 3] = ["keeper-kill", "keeper-segv", "keeper-stop"];
+
+/// So long there is no keeper at all, if it is not started at once: most takeovers end before.
+const KEEPER_AWAY: Duration = Duration::from_millis(400);
 /// A step of a takeover, in test builds, takes no longer than this.
 pub(super) const STEP_TIME_MAX: Duration = Duration::from_millis(1500);
 /// Until then every takeover has come to an end, one way or the other.
@@ -82,13 +90,29 @@ impl Campaign {
             None => {
                 self.end_takeover(|state| state == UpgradeState::Done)?;
             }
+            Some((_, action)) if is_keepers(action) => self.see_keeper_out(action)?,
             Some((_, action)) => self.see_out(owner, action)?,
         }
+        self.host().wait_for_order()?;
         self.wait_until_all_go_on(&before)?;
         let gaps = self.gaps();
         self.summary.killed(kind, self.timeline.kill.held(), self.config.writes_min, &gaps);
         self.timeline.note(format!("takeover #{number} has ended"));
+        if fault.is_some_and(|(_, action)| is_keepers(action)) {
+            self.prove_keeper()?;
+        }
         Ok(())
+    }
+
+    /// The keeper holds all that a server needs, and notices its death.
+    fn prove_keeper(&mut self) -> Result<(), CampaignError> {
+        let server = self.host().server_pid().unwrap_or(0);
+        self.kill_victim(server, Signal::SIGKILL)?;
+        let before = self.completions();
+        let successor = self.host().wait_for_successor(server)?;
+        self.timeline.note(format!("successor {successor}, of the keeper that was struck"));
+        self.wait_until_all_go_on(&before)?;
+        Ok(self.host().wait_for_order()?)
     }
 
     fn begin_takeover(&mut self, binary: Option<&Path>) -> Result<(), CampaignError> {
@@ -131,7 +155,6 @@ impl Campaign {
                 let _ = self.host().signal(pid, Signal::SIGCONT);
             }
         }
-        let is_over = |state| !matches!(state, UpgradeState::Running | UpgradeState::Probation);
         if self.end_takeover(is_over).is_ok() {
             return Ok(());
         }
@@ -139,6 +162,28 @@ impl Campaign {
         self.timeline.note("the old server's upgrade thread hangs; killed");
         self.kill_victim(owner, Signal::SIGKILL)?;
         self.host().wait_for_successor(owner)?;
+        self.end_takeover(is_over)?;
+        Ok(())
+    }
+
+    /// Waits until the keeper has met its fate, puts that right as whoever looks after it would, and
+    /// waits until nobody is in the middle of anything.
+    fn see_keeper_out(&mut self, action: &str) -> Result<(), CampaignError> {
+        self.host().wait_for("the failpoint", |host| host.armed() == 0)?;
+        match action {
+            "keeper-stop" => {
+                // Long enough for every deadline that ends such a silence.
+                std::thread::sleep(STEP_TIME_MAX + Duration::from_millis(500));
+                self.host().signal(self.host().keeper_pid() as i32, Signal::SIGCONT)?;
+            }
+            _ => {
+                if action == "keeper-segv" {
+                    std::thread::sleep(KEEPER_AWAY);
+                }
+                self.host.restart_keeper()?;
+                self.timeline.note(format!("keeper {}", self.host().keeper_pid()));
+            }
+        }
         self.end_takeover(is_over)?;
         Ok(())
     }
@@ -153,4 +198,12 @@ impl Campaign {
         };
         children.split_whitespace().filter_map(|pid| pid.parse().ok()).find(is_candidate)
     }
+}
+
+fn is_keepers(action: &str) -> bool {
+    action.starts_with("keeper-")
+}
+
+fn is_over(state: UpgradeState) -> bool {
+    !matches!(state, UpgradeState::Running | UpgradeState::Probation)
 }

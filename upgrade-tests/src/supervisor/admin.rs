@@ -99,10 +99,21 @@ impl Admin {
         operation_id: &[u8],
         binary: Option<&Path>,
     ) -> Result<admin::Upgrade, AdminError> {
+        self.start_upgrade_on_probation(operation_id, binary, Duration::ZERO)
+    }
+
+    /// The same; the new server is on probation for so long.
+    pub fn start_upgrade_on_probation(
+        &self,
+        operation_id: &[u8],
+        binary: Option<&Path>,
+        probation: Duration,
+    ) -> Result<admin::Upgrade, AdminError> {
         let request = admin::StartUpgradeRequest {
             operation_id: operation_id.to_vec().into(),
             kind: admin::UpgradeKind::Upgrade.into(),
             binary: binary.map_or_else(String::new, |path| path.to_string_lossy().into_owned()),
+            probation_ms: probation.as_millis() as u64,
             ..admin::StartUpgradeRequest::default()
         };
         self.call(|mut client| {

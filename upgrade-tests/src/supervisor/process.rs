@@ -1,6 +1,6 @@
 //! A child process that does not outlive its guard, and its log.
 
-use std::fs::{self, File};
+use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -23,9 +23,9 @@ pub struct Process {
 const LOG_TAIL_BYTES: usize = 6000;
 
 impl Process {
-    /// Starts `command` with its output in the file `log`, in a process group of its own.
+    /// Starts `command` with its output at the end of the file `log`, in a process group of its own.
     pub fn start(mut command: Command, log: &Path) -> io::Result<Process> {
-        let file = File::create(log)?;
+        let file = OpenOptions::new().create(true).append(true).open(log)?;
         command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file).process_group(0);
         Ok(Process { child: command.spawn()?, log: log.into(), is_ended: false })
     }
@@ -33,6 +33,21 @@ impl Process {
     /// Its process id.
     pub fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Waits until it has ended by itself; false if it has not within `patience`.
+    pub fn wait(&mut self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        while !self.is_ended {
+            self.is_ended = matches!(self.child.try_wait(), Ok(Some(_)));
+            if !self.is_ended {
+                if Instant::now() > deadline {
+                    return false;
+                }
+                std::thread::sleep(Duration::from_micros(500));
+            }
+        }
+        true
     }
 
     /// The end of what it, and its children, wrote.
@@ -44,7 +59,7 @@ impl Process {
 
     /// Asks it to end, waits, then makes it end.
     pub fn end(&mut self, patience: Duration) {
-        if std::mem::replace(&mut self.is_ended, true) {
+        if self.is_ended {
             return;
         }
         let pid = Pid::from_raw(self.child.id() as i32);
@@ -52,15 +67,12 @@ impl Process {
             // A signal that cannot be sent means that it has ended already; `wait` tells.
             let _ = kill(pid, Signal::SIGTERM);
         }
-        let deadline = Instant::now() + patience;
-        while Instant::now() < deadline {
-            if matches!(self.child.try_wait(), Ok(Some(_))) {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(2));
+        if self.wait(patience) {
+            return;
         }
         let _ = self.child.kill();
         let _ = self.child.wait();
+        self.is_ended = true;
     }
 }
 

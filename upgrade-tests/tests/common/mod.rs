@@ -1,10 +1,14 @@
 //! What the tests against a real server share.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::{Duration, Instant};
 
-use nebd_upgrade_tests::campaign::{CampaignConfig, Summary};
+use nebd_rpc::admin::{Upgrade, UpgradeState};
+use nebd_upgrade_tests::campaign::{Campaign, CampaignConfig, Summary};
 use nebd_upgrade_tests::supervisor::{Programs, SERVER_ENV};
 
 /// The programs under test: a `nebd-server` with the feature `test-hooks`, and our own.
@@ -61,4 +65,72 @@ pub fn assert_clean(summary: &Summary, kills: usize) {
     assert!(summary.kills == 0 || summary.writes_in_flight_min >= 8, "{summary}");
     assert!(summary.report.requests > 500 && summary.report.blocks_checked > 500, "{summary}");
     println!("{summary}");
+}
+
+/// A program that is another copy of the server, `name`, with this in its environment: whoever starts
+/// it has it not, and whoever it starts has it, too.
+#[allow(dead_code)]
+pub fn server_with(directory: &Path, name: &str, environment: &[(&str, &str)]) -> Program {
+    let copy = directory.join(name);
+    std::fs::copy(programs().server, &copy).expect("the server can be copied");
+    let script = directory.join(format!("{name}.sh"));
+    let set: String =
+        environment.iter().map(|(name, value)| format!("{name}='{value}' ")).collect();
+    let text = format!("#!/bin/sh\n{set}exec {} \"$@\"\n", copy.display());
+    std::fs::write(&script, text).expect("a script can be written");
+    let mode = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(&script, mode).expect("a script can be made executable");
+    Program { started_as: script, runs: copy }
+}
+
+/// A program that starts another in its own place.
+#[allow(dead_code)]
+pub struct Program {
+    /// What is started.
+    pub started_as: PathBuf,
+    /// What the process runs then.
+    pub runs: PathBuf,
+}
+
+/// The executable of a process.
+#[allow(dead_code)]
+pub fn executable(pid: i32) -> PathBuf {
+    std::fs::read_link(format!("/proc/{pid}/exe")).expect("the process lives")
+}
+
+/// Starts a planned takeover by this program.
+#[allow(dead_code)]
+pub fn upgrade(campaign: &Campaign, binary: &Path, probation: Duration) {
+    let operation = format!("{:?}", Instant::now());
+    let admin = campaign.host().admin().unwrap();
+    admin.start_upgrade_on_probation(operation.as_bytes(), Some(binary), probation).unwrap();
+}
+
+/// Waits until the report of the last takeover says that it is in one of these states.
+#[allow(dead_code)]
+pub fn until(campaign: &Campaign, states: &[UpgradeState]) -> Upgrade {
+    let admin = campaign.host().admin().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let report = admin.upgrade().unwrap();
+        if states.contains(&report.state()) {
+            return report;
+        }
+        assert!(Instant::now() < deadline, "{report:?}\n{}", campaign.host().log());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Waits until every volume has answered many more requests.
+#[allow(dead_code)]
+pub fn goes_on(campaign: &Campaign) {
+    let gauges = campaign.load().expect("there is load").gauges();
+    let count = || gauges.iter().map(|gauges| gauges.completions.load(SeqCst)).collect::<Vec<_>>();
+    let before = count();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while count().iter().zip(&before).any(|(now, before)| now - before < 100) {
+        assert_eq!(campaign.problems(), 0);
+        assert!(Instant::now() < deadline, "IO stands still\n{}", campaign.host().log());
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }

@@ -88,6 +88,8 @@ impl Task {
                     if self.step() != Step::Sync {
                         continue;
                     }
+                    #[cfg(feature = "test-hooks")]
+                    super::hooks::delay_sync();
                     rustix::fs::fdatasync(&*self.file).map(|()| 0).map_err(io::Error::from)
                 }
                 Step::Move { write, offset } => system::transfer(fd, self.vectors(), offset, write),
