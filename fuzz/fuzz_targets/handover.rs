@@ -33,6 +33,14 @@ const NAME: u16 = REQUIRED | 13;
 const MANIFEST: u16 = REQUIRED | 15;
 const KIND_MAX: u16 = 13;
 const OFFER: u16 = REQUIRED | 4;
+/// Messages and fields that have required fields within.
+const HELLO: u16 = 1;
+const WELCOME: u16 = 2;
+const FENCED: u16 = 8;
+const CLIENT: u16 = 10;
+const UNSUPPORTED: u16 = 11;
+const FAILURE: u16 = 18;
+const LAST: u16 = 20;
 
 fuzz_target!(|bytes: &[u8]| {
     let mut input = Input(bytes);
@@ -81,7 +89,7 @@ fn body(input: &mut Input<'_>, kind: u16) -> (Vec<u8>, usize) {
     let (mut fields, mut names, mut checksum) = (Fields::new(), 0, 0);
     while !input.0.is_empty() {
         let tag = if kind == OFFER && input.byte() > 64 { NAME } else { tag(input) };
-        let value = value(input, 1);
+        let value = value(input, tag, 1);
         if tag == NAME {
             checksum = crc32c::crc32c_append(crc32c::crc32c_append(checksum, &value), b"\n");
         }
@@ -91,19 +99,49 @@ fn body(input: &mut Input<'_>, kind: u16) -> (Vec<u8>, usize) {
     if kind == OFFER {
         fields.push(MANIFEST, checksum.to_le_bytes());
     }
-    (fields.bytes().to_vec(), names.min(64))
+    let body = match kind & !REQUIRED {
+        message @ (HELLO | WELCOME | FENCED) => complete(fields, message),
+        _ => fields.bytes().to_vec(),
+    };
+    (body, names.min(64))
+}
+
+/// With what a message, or a field with fields within, must have, after what the input says: of two
+/// fields with a tag the first counts.
+fn complete(mut fields: Fields, what: u16) -> Vec<u8> {
+    let required: &[(u16, &[u8])] = match what {
+        HELLO => &[(3, &[1]), (4, &[7]), (8, &[1])],
+        WELCOME => &[(2, &[1])],
+        FENCED => &[(4, &[8])],
+        CLIENT => &[(32, &[1; 16]), (33, b"null:a"), (36, &[1]), (37, &[0])],
+        UNSUPPORTED => &[(32, &[1; 16])],
+        FAILURE => &[(33, b"null:a")],
+        LAST => &[(32, &[1; 16]), (39, &[9])],
+        _ => &[],
+    };
+    for (number, value) in required {
+        fields.push(REQUIRED | number, value);
+    }
+    let said = fields.bytes().to_vec();
+    if what != HELLO {
+        return said;
+    }
+    // Of these the last counts.
+    let versions = Fields::new().with(REQUIRED | 1, [1]).with(REQUIRED | 2, [1]);
+    [versions.bytes(), &said].concat()
 }
 
 /// A number, a session's id, a text, or fields within the field.
-fn value(input: &mut Input<'_>, depth: u8) -> Vec<u8> {
+fn value(input: &mut Input<'_>, within: u16, depth: u8) -> Vec<u8> {
     let choice = input.byte();
-    if choice >= 128 && depth > 0 {
+    let within = within & !REQUIRED;
+    if choice >= 64 && depth > 0 && matches!(within, CLIENT | UNSUPPORTED | FAILURE | LAST) {
         let mut inner = Fields::new();
         for _ in 0..choice % 8 {
             let tag = tag(input);
-            inner.push(tag, value(input, depth - 1));
+            inner.push(tag, value(input, tag, depth - 1));
         }
-        return inner.bytes().to_vec();
+        return complete(inner, within);
     }
     let length = [1, 4, 8, 16, usize::from(choice)][usize::from(choice % 5)];
     let mut value = input.bytes(length).to_vec();
@@ -169,7 +207,8 @@ fn packets(input: &mut Input<'_>) {
             break;
         }
         let (kind, choice) = (kind(input), input.byte());
-        let chunk = input.bytes(usize::from(input.byte()));
+        let length = usize::from(input.byte());
+        let chunk = input.bytes(length);
         is_whole = choice & 1 != 0;
         let mut packet = wire::MAGIC.to_le_bytes().to_vec();
         packet.extend_from_slice(&kind.to_le_bytes());
