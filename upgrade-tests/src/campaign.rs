@@ -276,10 +276,10 @@ impl Campaign {
     fn look_for_growth(&mut self) {
         let keeper = self.host.keeper_pid().cast_signed();
         let server = self.host.server_pid().unwrap_or(0);
-        let role = self.last_kind.as_deref().map_or_else(
-            || "first server".to_owned(),
-            |kind| format!("server after {kind}"),
-        );
+        let role = self
+            .last_kind
+            .as_deref()
+            .map_or_else(|| "first server".to_owned(), |kind| format!("server after {kind}"));
         self.growth.look(&role, server, LOOK_TIME_MAX);
         self.growth.look("keeper", keeper, LOOK_TIME_MAX);
         // A server that was a standby is told from one by being the server.

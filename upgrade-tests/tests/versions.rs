@@ -119,7 +119,9 @@ fn a_client_of_the_base_lives_with_servers_of_both_versions() {
     let Some(base) = base() else { return };
     let head = programs();
     let store = FenceStore::start(&head.fence_store, &[]).unwrap();
-    let config = HostConfig::new(&head.server).with_env("NEBD_FENCE_STORE", store.socket().display());
+    let config =
+        HostConfig::new(&head.server).with_env("NEBD_FENCE_STORE", store.socket().display());
+    nebdctl(); // built before there is load
     for backend in ["file", "mem", "fence-test"] {
         let host = Host::start(&config).unwrap();
         let volume = format!("{backend}:old");
@@ -154,12 +156,13 @@ impl OldClient {
         let dir = tempfile::tempdir().unwrap();
         let end = dir.path().join("end");
         // Its load runs on while it waits for the command that is to do something to the server.
-        let wait = format!("until [ -e '{}' ]; do sleep 0.02; done", end.display());
+        let wait = "while [ -d \"$DIR\" ] && [ ! -e \"$DIR/end\" ]; do sleep 0.02; done";
         let process = Command::new(&base.client)
             .args(["run", volume, "--json", "--seconds", "1", "--kill-every-ms", "1"])
             .arg("--socket")
             .arg(host.socket())
-            .args(["--kill-command", &wait])
+            .args(["--kill-command", wait])
+            .env("DIR", dir.path())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
@@ -187,8 +190,7 @@ impl OldClient {
 
 impl Drop for OldClient {
     fn drop(&mut self) {
-        // For the shell that waits: it outlives its parent.
-        let _ = std::fs::write(&self.end, "");
+        // The shell that waits outlives it, until the directory is gone.
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
@@ -271,7 +273,11 @@ impl Test {
         let text = String::from_utf8_lossy(&output.stdout);
         assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
         let report: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
-        assert_eq!((&report["kind"], &report["state"]), (&"check".into(), &"done".into()), "{text}");
+        assert_eq!(
+            (&report["kind"], &report["state"]),
+            (&"check".into(), &"done".into()),
+            "{text}"
+        );
         let clients = report["clients"].as_array().unwrap();
         assert_eq!(clients.len(), 1, "{text}");
         assert_eq!(clients[0]["client_pid"], self.client.process.id(), "{text}");
