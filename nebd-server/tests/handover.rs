@@ -165,3 +165,46 @@ fn an_optional_message_of_a_later_version_is_skipped() {
     let refused = Message::receive(&there, deadline);
     assert!(matches!(refused, Err(WireError::Unknown { what: "message", .. })), "{refused:?}");
 }
+
+/// Messages to be skipped, and packets of a message without an end: the next is always there
+/// already, and yet the deadline holds. An owner that is frozen must not wait for such a candidate.
+#[test]
+fn a_peer_that_talks_without_end_is_late() {
+    const PREPARE: u16 = REQUIRED | 5;
+    let flags = SocketFlags::CLOEXEC;
+    let pair = || {
+        rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap()
+    };
+    let soon = Instant::now() + Duration::from_secs(10);
+    let (here, there) = pair();
+    for _ in 0..20 {
+        wire::send(&here, 0x7abc, b"", &[], soon).unwrap();
+    }
+    Message::Prepare.send(&here, soon).unwrap();
+    let received = Message::receive(&there, Instant::now());
+    assert!(matches!(received, Err(WireError::Late(_))), "{received:?}");
+
+    let (here, there) = pair();
+    for _ in 0..20 {
+        let mut packet = [0; 16]; // an empty body, whose checksum is zero, and not the last
+        packet[..4].copy_from_slice(&wire::MAGIC.to_le_bytes());
+        packet[4..6].copy_from_slice(&PREPARE.to_le_bytes());
+        nebd_abi::socket::send(&here, &packet, &[]).unwrap();
+    }
+    Message::Prepare.send(&here, soon).unwrap();
+    let received = Message::receive(&there, Instant::now());
+    assert!(matches!(received, Err(WireError::Late(_))), "{received:?}");
+}
+
+/// The candidate claims the generation after the owner's, and watches the owner's process.
+#[test]
+fn a_hello_with_numbers_that_no_server_has_is_refused() {
+    let Message::Hello(hello) = every_message().remove(0).1 else { panic!("the first is Hello") };
+    let last = Hello { generation: Generation(u32::MAX), ..hello.clone() };
+    let nobody = Hello { pid: u32::MAX, ..hello };
+    for hello in [last, nobody] {
+        let (kind, fields) = Message::Hello(hello).encode();
+        let decoded = Message::decode(kind, fields.bytes(), Vec::new());
+        assert!(matches!(decoded, Err(WireError::Damaged(_))), "{decoded:?}");
+    }
+}

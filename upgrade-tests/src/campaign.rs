@@ -23,6 +23,7 @@ use nix::sys::signal::Signal;
 
 use crate::client_device::{AttachOptions, ClientDevice};
 use crate::fence_store::control;
+use crate::growth::{self, Growth};
 use crate::load::{Load, total};
 use crate::stamp::Dice;
 use crate::stream::{Stream, StreamOptions};
@@ -76,6 +77,8 @@ pub struct CampaignConfig {
     pub file_engine: &'static str,
     /// After how long a hung server is killed, in milliseconds.
     pub hang_timeout_ms: u64,
+    /// Compare what every process holds in its first so many looks with the last; 0 for no look.
+    pub growth_window: usize,
 }
 
 impl CampaignConfig {
@@ -101,9 +104,13 @@ impl CampaignConfig {
             environment: Vec::new(),
             file_engine: "auto",
             hang_timeout_ms: 500,
+            growth_window: 0,
         }
     }
 }
+
+/// What is there for a moment only is gone after this.
+const LOOK_TIME_MAX: Duration = Duration::from_millis(100);
 
 /// Why a campaign could not be carried out. Wrong blocks are no such reason: they are its result.
 #[derive(Debug, thiserror::Error)]
@@ -159,6 +166,9 @@ pub struct Campaign {
     store: Option<FenceStore>,
     dice: Dice,
     summary: Summary,
+    growth: Growth,
+    /// How the present server came to be.
+    last_kind: Option<String>,
     begun: Instant,
 }
 
@@ -193,6 +203,8 @@ impl Campaign {
         Ok(Campaign {
             dice: Dice::new(config.seed),
             summary: Summary::new(&config),
+            growth: Growth::default(),
+            last_kind: None,
             begun: Instant::now(),
             load: None,
             config,
@@ -234,6 +246,10 @@ impl Campaign {
 
     /// One kill, and what comes after it.
     pub fn kill(&mut self, kind: &Kill) -> Result<(), CampaignError> {
+        if self.config.growth_window > 0 {
+            self.look_for_growth();
+            self.last_kind = Some(kind.to_string());
+        }
         if kind.is_takeover() {
             return self.takeover(kind);
         }
@@ -254,6 +270,28 @@ impl Campaign {
         let gaps = self.gaps();
         self.summary.killed(kind, self.timeline.kill.held(), self.config.writes_min, &gaps);
         Ok(())
+    }
+
+    /// What every process holds between two kills.
+    fn look_for_growth(&mut self) {
+        let keeper = self.host.keeper_pid().cast_signed();
+        let server = self.host.server_pid().unwrap_or(0);
+        let role = self
+            .last_kind
+            .as_deref()
+            .map_or_else(|| "first server".to_owned(), |kind| format!("server after {kind}"));
+        self.growth.look(&role, server, LOOK_TIME_MAX);
+        self.growth.look("keeper", keeper, LOOK_TIME_MAX);
+        // A server that was a standby is told from one by being the server.
+        let is_standby = |pid: &i32| {
+            *pid != server
+                && std::fs::read(format!("/proc/{pid}/cmdline"))
+                    .is_ok_and(|line| line.split(|byte| *byte == 0).any(|arg| arg == b"--standby"))
+        };
+        if let Some(standby) = growth::children(keeper).into_iter().rev().find(is_standby) {
+            self.growth.look("standby", standby, LOOK_TIME_MAX);
+        }
+        self.growth.look(growth::CLIENT, std::process::id().cast_signed(), LOOK_TIME_MAX);
     }
 
     /// Sends the signal, or waits for the failpoint; whether the server died of it.
@@ -299,6 +337,9 @@ impl Campaign {
         let streams = self.load.take().map(Load::sweep).unwrap_or_default();
         self.summary.report = total(&streams);
         self.summary.seconds = self.begun.elapsed().as_secs_f64();
+        if self.config.growth_window > 0 {
+            self.summary.growth = self.growth.compare(self.config.growth_window);
+        }
         self.summary.store =
             self.store.as_ref().and_then(|store| control::stats(store.socket()).ok());
         if !self.summary.report.is_clean() {

@@ -28,6 +28,7 @@ pub mod client_device;
 pub mod device;
 pub mod fence_store;
 pub mod file_device;
+pub mod growth;
 pub mod load;
 pub mod matrix;
 pub mod memory;

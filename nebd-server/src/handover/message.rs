@@ -211,11 +211,16 @@ impl Message {
 
     /// Receives one until `deadline`; optional kinds of a later version are skipped.
     pub fn receive(socket: impl AsFd, deadline: Instant) -> Result<Message, WireError> {
+        let start = Instant::now();
         loop {
             let received = wire::receive(&socket, deadline)?;
             match Message::decode(received.kind, &received.body, received.fds) {
                 Err(WireError::Unknown { what: "message", number }) if number & REQUIRED == 0 => {}
                 result => return result,
+            }
+            // The next may be there already, and the one after it: that must come to an end.
+            if Instant::now() >= deadline {
+                return Err(WireError::Late(start.elapsed()));
             }
         }
     }
@@ -371,8 +376,8 @@ impl Hello {
                 3 => Purpose::Check,
                 _ => return Err(WireError::Damaged("a purpose that is none")),
             },
-            generation: Generation(short(find(&fields, GENERATION)?)?),
-            pid: short(optional(PID))?,
+            generation: owned(short(find(&fields, GENERATION)?)?)?,
+            pid: process(short(optional(PID))?)?,
             build: wire::text(optional(BUILD))?,
             binary: wire::text(optional(BINARY))?,
             has_store: wire::number(find(&fields, HAS_STORE)?)? != 0,
@@ -526,6 +531,20 @@ fn find<'a>(fields: &[(u16, &'a [u8])], wanted: u16) -> Result<&'a [u8], WireErr
 
 fn short(value: &[u8]) -> Result<u32, WireError> {
     wire::number(value)?.try_into().map_err(|_| WireError::Damaged("a number too large"))
+}
+
+/// A generation that can be followed by another.
+fn owned(number: u32) -> Result<Generation, WireError> {
+    let is_last = number == u32::MAX;
+    (!is_last)
+        .then_some(Generation(number))
+        .ok_or(WireError::Damaged("a generation without a next"))
+}
+
+/// A process id, or zero for none.
+fn process(number: u32) -> Result<u32, WireError> {
+    let is_one = i32::try_from(number).is_ok();
+    is_one.then_some(number).ok_or(WireError::Damaged("a process id that is none"))
 }
 
 fn session(value: &[u8]) -> Result<SessionId, WireError> {

@@ -88,6 +88,10 @@ struct Soak {
     /// fence-store [default: beside this program]
     #[arg(long)]
     fence_store: Option<PathBuf>,
+    /// Compare what keeper, servers and client hold after the first N kills and after the last N:
+    /// descriptors, threads, children, memory. More is a failure.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    growth: usize,
     /// Print the result as JSON, on the last line.
     #[arg(long)]
     json: bool,
@@ -186,6 +190,7 @@ fn run_soak(soak: Soak) -> anyhow::Result<bool> {
         seed: soak.seed,
         store_arguments: soak.store_arg,
         environment: soak.env,
+        growth_window: soak.growth,
         ..CampaignConfig::new(programs, &soak.backend)
     };
     let summary = campaign::run(config)?;
@@ -193,7 +198,7 @@ fn run_soak(soak: Soak) -> anyhow::Result<bool> {
     if soak.json {
         println!("{}", serde_json::to_string(&summary)?);
     }
-    Ok(summary.is_clean())
+    Ok(summary.is_clean() && !summary.has_grown())
 }
 
 fn run_matrix(args: MatrixArgs) -> anyhow::Result<bool> {

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::{CampaignConfig, Kill};
 use crate::fence_store::control::StoreStats;
+use crate::growth::Comparison;
 use crate::report::VolumeReport;
 
 /// Blackouts: for each kill and volume, the longest gap between two completions while requests
@@ -58,6 +59,9 @@ pub struct Summary {
     /// What the fence-store did.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub store: Option<StoreStats>,
+    /// What the processes held at the beginning and at the end, if they were looked at.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub growth: Vec<Comparison>,
     /// The end of the keeper's and the server's log, if something was wrong.
     #[serde(skip)]
     pub log: String,
@@ -90,6 +94,11 @@ impl Summary {
     pub fn is_clean(&self) -> bool {
         self.report.is_clean()
     }
+
+    /// Whether a process holds more than at the beginning.
+    pub fn has_grown(&self) -> bool {
+        self.growth.iter().any(|comparison| comparison.has_grown)
+    }
 }
 
 impl fmt::Display for Summary {
@@ -114,6 +123,7 @@ impl fmt::Display for Summary {
         for (kind, Blackouts { p50, p99, max }) in &self.blackout_ms {
             writeln!(f, "  {kind}: blackout p50 {p50:.1} ms, p99 {p99:.1} ms, max {max:.1} ms")?;
         }
+        self.growth.iter().try_for_each(|comparison| writeln!(f, "  {comparison}"))?;
         if let Some(store) = &self.store {
             writeln!(f, "storage: {store:?}")?;
         }
