@@ -224,6 +224,27 @@ fn deaths_in_a_row_do_not_lose_it() {
     });
 }
 
+/// The keeper is away, and hears of nothing: a witness that was used is known by itself, and nobody
+/// waits for the store.
+#[test]
+fn a_used_witness_is_not_used_again_though_the_store_has_not_heard() {
+    for_each_engine(true, |host, shard| {
+        let volume = host.open();
+        host.fail_a_flush(shard, &*volume);
+        drop(volume);
+        *host.store.budget.lock().unwrap() = Some(0);
+        host.store.log.lock().unwrap().clear();
+        for _ in 0..=WITNESSES {
+            let volume = host.open();
+            assert_eq!(shard.flush(&*volume), Err(Errno::IO));
+            assert_eq!(host.witnesses().len(), WITNESSES);
+            drop(volume);
+        }
+        let log = host.store.log.lock().unwrap();
+        assert!(!log.iter().any(|call| call == "barrier"), "{log:?}");
+    });
+}
+
 #[test]
 fn a_successful_first_flush_renews_the_witness_and_later_errors_are_not_lost() {
     for_each_engine(true, |host, shard| {

@@ -19,14 +19,15 @@
 //! error.
 //! - At first open nothing was written: (I) holds. Nothing is dispatched before the barrier.
 //! - *Use.* A sync of a witness tells nobody else of what it reports, so it may be used once. It is
-//!   taken out of the store, with a barrier, before it is synced: a death before the barrier leaves
-//!   it unsynced, a death after it leaves the others, which owe the same errors.
+//!   marked before it is synced, in the description itself (its file offset): a death before that
+//!   leaves it unsynced, a death after it leaves the others, which owe the same errors. It is removed
+//!   from the store, too, but nobody waits for that: the keeper may be away.
 //! - *Top up.* New witnesses are opened before the old one is synced, and stored only if that sync
 //!   and the one of the volume's own descriptor succeeded. Success means that from the opening of the
 //!   old witness to its sync there was no error, so the new ones missed none; (I) holds for them.
-//!   They are stored before anybody is answered; a death before that costs one witness. Several
-//!   deaths in a row within that millisecond use them up; with none left the first flush fails with
-//!   `EIO`: a lie on the safe side.
+//!   They are sent to the store before anybody is answered; a death before that, or while the keeper
+//!   is away, costs one witness. Several such deaths in a row use them up; with none left the first
+//!   flush fails with `EIO`: a lie on the safe side.
 //! - *After an error* the stored witnesses owe it still, which is right while it is undelivered and
 //!   tedious afterwards: each takeover would report it again. They are replaced when every failed
 //!   answer is known to be delivered (see [`Lane::drain`](crate::Lane::drain)) and no sync is under
@@ -167,7 +168,7 @@ impl Syncs {
             return;
         }
         let renewed =
-            fresh.and_then(|fresh| witnesses.keep(&fresh)).and_then(|()| witnesses.remove(old));
+            fresh.and_then(|fresh| witnesses.put(&fresh)).and_then(|()| witnesses.remove(old));
         if let Err(error) = renewed {
             tracing::warn!(%error, "cannot renew the flush witnesses");
         }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use nebd_abi::Generation;
+use rustix::fs::SeekFrom;
 
 use super::system::Identity;
 use crate::FdStore;
@@ -16,10 +17,16 @@ use crate::FdStore;
 /// How many a volume keeps: as many deaths in a row may fall between using one and replacing it.
 pub(super) const WITNESSES: usize = 8;
 
+/// The file offset of a witness that was, or is about to be, synced.
+const USED: u64 = 1;
+
 /// The witnesses of one volume, `w.<name>.<k>` in the store.
 ///
 /// `k` is hexadecimal, the server's generation above a count: names of different servers differ, so
 /// that a message of a dead one that arrives late cannot touch what its successor stored.
+///
+/// One that was used has its file offset at [`USED`]: that is the description's, which the store
+/// shares, so that a successor knows of it whether or not the store has heard of it.
 pub(super) struct Witnesses {
     store: Arc<dyn FdStore>,
     prefix: String,
@@ -64,8 +71,14 @@ impl Witnesses {
         (0..count).map(open).collect()
     }
 
-    /// Stores them; they are held when this returns.
+    /// Stores them, and returns once the store holds them.
     pub(super) fn keep(&self, files: &[File]) -> io::Result<()> {
+        self.put(files)?;
+        self.store.barrier()
+    }
+
+    /// Sends them to the store.
+    pub(super) fn put(&self, files: &[File]) -> io::Result<()> {
         let present = self.names();
         for file in files {
             let name = loop {
@@ -78,17 +91,23 @@ impl Witnesses {
             };
             self.store.put(&name, file.as_fd())?;
         }
-        self.store.barrier()
+        Ok(())
     }
 
-    /// Takes the oldest out of the store. Once this returned it, no successor will be given it.
+    /// Takes the oldest that was not used. Once this returned it, no successor will use it. The
+    /// store is not waited for.
     pub(super) fn take_oldest(&self) -> io::Result<Option<OwnedFd>> {
-        let Some(name) = self.names().into_iter().next() else { return Ok(None) };
-        // It is there; that we cannot have it (no descriptor is free) is no reason to spend it.
-        let fd = self.store.fetch(&name).ok_or(io::Error::from_raw_os_error(libc::EMFILE))?;
-        self.store.remove(&name)?;
-        self.store.barrier()?;
-        Ok(Some(fd))
+        for name in self.names() {
+            // It is there; that we cannot have it (no descriptor is free) is no reason to spend it.
+            let fd = self.store.fetch(&name).ok_or(io::Error::from_raw_os_error(libc::EMFILE))?;
+            let is_used = rustix::fs::tell(&fd)? == USED;
+            rustix::fs::seek(&fd, SeekFrom::Start(USED))?;
+            self.store.remove(&name)?;
+            if !is_used {
+                return Ok(Some(fd));
+            }
+        }
+        Ok(None)
     }
 
     /// Forgets these.

@@ -44,7 +44,7 @@ use nebd_abi::host::DeathCause;
 use rustix::process::Signal;
 
 use super::process::{self, End, Process};
-use super::supervisor::{Server, Standby, Supervisor};
+use super::supervisor::{STANDBY_PAUSE, Server, Standby, Supervisor};
 use super::watch::Watch;
 
 /// A process that may take over from the serving one.
@@ -211,7 +211,8 @@ impl Supervisor {
         if let Some(winner) = self.candidate.take_if(|c| c.seen != generation) {
             tracing::info!("the server died after the candidate had claimed");
             self.promote(winner.process);
-            self.standby_at = (self.config.standby && self.standby.is_none()).then_some(now);
+            let is_missing = self.config.standby && self.standby.is_none();
+            self.standby_at = is_missing.then_some(now + STANDBY_PAUSE);
             return;
         }
         self.condemn_candidate();

@@ -37,6 +37,10 @@ const DATAGRAMS_PER_EVENT: usize = 256;
 /// without end cannot hold up its successor.
 const DATAGRAMS_QUEUED_MAX: usize = 1 << 16;
 
+/// A standby maps all sessions and opens all volumes: not while its server resumes them, on the same
+/// cores.
+pub(super) const STANDBY_PAUSE: Duration = Duration::from_millis(250);
+
 /// The process that serves, or is to.
 #[derive(Debug)]
 pub(super) struct Server {
@@ -381,7 +385,7 @@ impl Supervisor {
             superior.ready();
         }
         if self.config.standby && self.standby.is_none() && self.stopping.is_none() {
-            self.standby_at = Some(now);
+            self.standby_at = Some(now + STANDBY_PAUSE);
         }
     }
 
@@ -418,7 +422,7 @@ impl Supervisor {
             self.events.remove(&standby.stream);
             if self.stopping.is_none() {
                 let delay = match standby.outdated {
-                    true => Duration::ZERO,
+                    true => STANDBY_PAUSE,
                     false => self.standby_backoff.failed(),
                 };
                 self.standby_at = Some(now + delay);
