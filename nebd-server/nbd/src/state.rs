@@ -19,7 +19,7 @@
 //! its header (and payload) then stands in `unread`, under the rules that hold for every takeover.
 
 use crate::export::{ExportFlags, Negotiated, Sizes, Terms};
-use crate::wire::{self, STRING_BYTES_MAX};
+use crate::wire;
 
 /// `NBDS`, little-endian.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"NBDS");
@@ -60,6 +60,9 @@ pub enum EncodeError {
     /// More than [`STREAM_BYTES_MAX`].
     #[error("the connection has too much under way")]
     TooLong,
+    /// A name that no client could have sent.
+    #[error("the name of the export cannot travel")]
+    Name,
 }
 
 /// Why bytes are no state of a connection.
@@ -89,10 +92,11 @@ impl ConnectionState {
         if *tls {
             return Err(EncodeError::Tls);
         }
-        if self.unread.len().max(self.unsent.len()) > STREAM_BYTES_MAX
-            || export.len() > STRING_BYTES_MAX
-        {
+        if self.unread.len().max(self.unsent.len()) > STREAM_BYTES_MAX {
             return Err(EncodeError::TooLong);
+        }
+        if !wire::is_string(export) {
+            return Err(EncodeError::Name);
         }
         let sizes = terms.sizes;
         let sizes = [sizes.minimum(), sizes.preferred(), sizes.payload_max()].map(u32::to_le_bytes);

@@ -92,7 +92,7 @@ impl Negotiation {
                 return Step::List(ListQuestion(()));
             }
             number::STARTTLS => {
-                self.finish(option, reply::ACK, out);
+                push(out, option, reply::ACK, &[]);
                 self.phase = Phase::Tls;
                 return Step::StartTls;
             }
