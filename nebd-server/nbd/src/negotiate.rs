@@ -360,3 +360,27 @@ impl Negotiation {
         Step::Close(reason)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_option_costs_little_memory() {
+        for (option, bytes) in [(6u32, u32::MAX >> 12), (77, 1 << 20), (7, 16 << 10), (1, 4096)] {
+            let mut out = Vec::new();
+            let mut negotiation = Negotiation::new(Policy::default(), Instant::now(), &mut out);
+            let mut input = 3u32.to_be_bytes().to_vec();
+            input.extend(wire::OPTION_MAGIC.to_be_bytes());
+            input.extend(option.to_be_bytes());
+            input.extend(bytes.to_be_bytes());
+            assert_eq!(negotiation.advance(&input, &mut out), (20, Step::Input));
+            // Nothing is set aside for what was only announced.
+            assert!(negotiation.held.capacity() <= 64, "{}", negotiation.held.capacity());
+            let data = vec![0; bytes as usize - 1];
+            assert_eq!(negotiation.advance(&data, &mut out), (data.len(), Step::Input));
+            assert!(negotiation.held.capacity() <= 32 << 10, "{}", negotiation.held.capacity());
+            assert!(out.len() < 256);
+        }
+    }
+}
