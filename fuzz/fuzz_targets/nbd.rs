@@ -15,6 +15,9 @@ use nebd_nbd::{
 };
 
 const SIZE: u64 = 1 << 20;
+/// Structured replies, `base:allocation` of `d`, and `d` itself.
+const AGREED: &[(u8, &[u8])] =
+    &[(8, b""), (10, b"\0\0\0\x01d\0\0\0\x01\0\0\0\x0fbase:allocation"), (7, b"\0\0\0\x01d\0\0")];
 
 fn export(name: &str) -> Result<Export, Refusal> {
     let every = ExportFlags::from_bits(0b1101_0110_1100).expect("a constant");
@@ -23,7 +26,7 @@ fn export(name: &str) -> Result<Export, Refusal> {
             name: "d".into(),
             description: "fuzzed".into(),
             size: SIZE,
-            sizes: Sizes::new(512, 4096, 8192).expect("a constant"),
+            sizes: Sizes::new(512, 512, 2048).expect("a constant"),
             flags: if name.is_empty() { every | ExportFlags::READ_ONLY } else { every },
         }),
         "tls" => Err(Refusal::TlsRequired),
@@ -74,7 +77,7 @@ fn reply(replies: &Replies, request: &Request, out: &mut Vec<u8>) {
     }
     match request.command {
         Command::Read => {
-            assert!(request.length <= 8192);
+            assert!(request.length <= 2048);
             for piece in replies.pieces(request, &whole) {
                 out.extend_from_slice(&piece.head);
                 out.resize(out.len() + piece.data.len(), 0xdd);
@@ -150,12 +153,29 @@ fn transmit(negotiated: &Negotiated, input: &[u8], cut: usize, hand_over: bool) 
     }
 }
 
+/// All that a modern client agrees on before it chooses.
+fn agreed() -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (option, data) in AGREED {
+        bytes.extend(OPTION_MAGIC.to_be_bytes());
+        bytes.extend(u32::from(*option).to_be_bytes());
+        bytes.extend((data.len() as u32).to_be_bytes());
+        bytes.extend(*data);
+    }
+    bytes
+}
+
 /// Options and requests with their magic words in place, so that what is behind them is reached.
-fn framed(mut input: Input) -> Vec<u8> {
+fn framed(mut input: Input, is_agreed: bool) -> Vec<u8> {
     let mut bytes = u32::from(FLAG_FIXED_NEWSTYLE).to_be_bytes().to_vec();
+    if is_agreed {
+        bytes.extend(agreed());
+    }
     while !input.0.is_empty() {
         let kind = input.byte();
-        if kind & 0x80 == 0 {
+        if kind & 0x8f == 0x0f {
+            bytes.extend(agreed());
+        } else if kind & 0x80 == 0 {
             let length = usize::from(input.byte());
             let data = input.bytes(length);
             bytes.extend(OPTION_MAGIC.to_be_bytes());
@@ -169,7 +189,7 @@ fn framed(mut input: Input) -> Vec<u8> {
             bytes.extend(u16::from(kind & 0x0f).to_be_bytes());
             bytes.extend([kind; 8]);
             bytes.extend((u64::from(place) * 8192).to_be_bytes());
-            let length = u32::from(blocks) * 128;
+            let length = u32::from(blocks) * 32;
             bytes.extend(length.to_be_bytes());
             if kind & 0x0f == 1 {
                 bytes.resize(bytes.len() + length as usize, place);
@@ -185,7 +205,7 @@ fuzz_target!(|bytes: &[u8]| {
     let (mode, cut) = (input.byte(), usize::from(input.byte() & 0x3f) + 1);
     let tls = [TlsPolicy::Off, TlsPolicy::Allowed, TlsPolicy::Required, TlsPolicy::Off];
     let policy = Policy { tls: tls[usize::from(mode & 3)], ..Policy::default() };
-    let stream = if mode & 4 == 0 { framed(input) } else { input.0.to_vec() };
+    let stream = if mode & 4 == 0 { framed(input, mode & 8 == 0) } else { input.0.to_vec() };
     let (said, negotiated, taken) = negotiate(policy, &stream, usize::MAX);
     assert_eq!((said, negotiated.clone(), taken), negotiate(policy, &stream, cut));
     if let Some(negotiated) = negotiated {
