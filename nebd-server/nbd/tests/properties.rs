@@ -183,6 +183,8 @@ fn of_range(command: Command, flags: CommandFlags, offset: u64, length: u32) -> 
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, cases: 512, ..ProptestConfig::default() })]
+
     #[test]
     fn a_handshake_goes_the_same_way_however_it_is_cut(
         policy in any_policy(),

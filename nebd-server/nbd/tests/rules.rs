@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 
 use common::*;
 use nebd_nbd::negotiate::{CloseReason, Limits, Refusal};
+use nebd_nbd::state::{DecodeError, EncodeError};
 use nebd_nbd::wire::{OPTION_REPLY_MAGIC, command, info, option, reply};
 use nebd_nbd::{
-    Event, ExportFlags, Negotiated, Negotiation, Policy, ReplyError, Requests, Sizes, Step, Terms,
-    TlsPolicy,
+    ConnectionState, Event, ExportFlags, Negotiated, Negotiation, Policy, ReplyError, Requests,
+    Sizes, Step, Terms, TlsPolicy,
 };
 
 const FUA: u16 = 1;
@@ -417,4 +418,52 @@ fn sizes_are_told_and_may_be_demanded() {
     ] {
         assert!(Sizes::new(minimum, preferred, payload_max).is_err(), "{minimum} {preferred}");
     }
+}
+
+#[test]
+fn flags_that_are_offered_are_consistent() {
+    let mut odd = export("disk");
+    odd.flags = ExportFlags::SEND_FAST_ZERO | ExportFlags::SEND_DF | ExportFlags::ROTATIONAL;
+    for (structured, df) in [(false, ExportFlags::NONE), (true, ExportFlags::SEND_DF)] {
+        let mut out = Vec::new();
+        let mut negotiation = Negotiation::new(Policy::default(), Instant::now(), &mut out);
+        let mut options = fixed();
+        if structured {
+            options.extend(option(option::STRUCTURED_REPLY, b""));
+        }
+        let _ = feed(&mut negotiation, &options, &mut out);
+        let (_, step) = negotiation.advance(&go("disk"), &mut out);
+        let Step::Export(question) = step else { panic!("{step:?}") };
+        let step = negotiation.answer_export(question, Ok(odd.clone()), &mut out);
+        let Step::Transmission(Negotiated { terms, .. }) = step else { panic!("{step:?}") };
+        // Fast zeroes without zeroes, and one piece of many that there are not, mean nothing.
+        assert_eq!(terms.flags, ExportFlags::HAS_FLAGS | ExportFlags::ROTATIONAL | df);
+    }
+}
+
+#[test]
+fn a_state_that_no_server_would_have_agreed_to_is_refused() {
+    let state = |terms| {
+        let negotiated = Negotiated { export: "disk".into(), terms, tls: false };
+        ConnectionState { negotiated, unread: Vec::new(), unsent: Vec::new() }
+    };
+    let decode = |terms| ConnectionState::decode(&state(terms).encode().unwrap());
+    let all = terms();
+    let without_df = all.flags.without(ExportFlags::SEND_DF);
+    assert_eq!(decode(all), Ok(state(all)));
+    // A context without structured replies, flags that do not go together or lack the first.
+    let odd = Terms { structured: false, flags: without_df, ..all };
+    assert_eq!(decode(odd), Err(DecodeError::Value(0x8005)));
+    for flags in [without_df, all.flags.without(ExportFlags::HAS_FLAGS)] {
+        assert_eq!(decode(Terms { flags, ..all }), Err(DecodeError::Value(0x8004)));
+    }
+    let mut under_tls = state(all);
+    under_tls.negotiated.tls = true;
+    assert_eq!(under_tls.encode(), Err(EncodeError::Tls));
+    let mut nameless = state(all);
+    nameless.negotiated.export = "di\0sk".into();
+    assert_eq!(nameless.encode(), Err(EncodeError::Name));
+    let mut later = state(all).encode().unwrap();
+    later[4] = 2;
+    assert_eq!(ConnectionState::decode(&later), Err(DecodeError::Version(2)));
 }

@@ -151,11 +151,8 @@ struct Connection<'a> {
 impl Connection<'_> {
     fn serve(mut self) -> io::Result<()> {
         let Some(negotiated) = self.negotiate()? else { return Ok(()) };
-        let seen = &self.shared.seen;
-        seen.transmissions.fetch_add(1, SeqCst);
-        seen.open_max.fetch_max(seen.open.fetch_add(1, SeqCst) + 1, SeqCst);
         let result = self.transmit(negotiated);
-        seen.open.fetch_sub(1, SeqCst);
+        self.shared.seen.open.fetch_sub(1, SeqCst);
         result
     }
 
@@ -189,6 +186,12 @@ impl Connection<'_> {
                         negotiation.answer_export(question, answer, &mut out)
                     }
                     step => {
+                        // Counted before the client can know.
+                        let seen = &self.shared.seen;
+                        if matches!(step, Step::Transmission(_)) {
+                            seen.transmissions.fetch_add(1, SeqCst);
+                            seen.open_max.fetch_max(seen.open.fetch_add(1, SeqCst) + 1, SeqCst);
+                        }
                         self.stream.write_all(&out)?;
                         out.clear();
                         match step {
@@ -196,7 +199,7 @@ impl Connection<'_> {
                             Step::Sent => {}
                             Step::Transmission(negotiated) => return Ok(Some(negotiated)),
                             Step::Close(reason) => {
-                                self.shared.seen.closed.lock().unwrap().push(reason);
+                                seen.closed.lock().unwrap().push(reason);
                                 return Ok(None);
                             }
                             step => panic!("{step:?} without TLS"),
@@ -321,10 +324,9 @@ impl Connection<'_> {
                 seen.zeroes.fetch_add(1, SeqCst)
             }
             Command::BlockStatus => {
-                replies.block_status(request, disk.extents(request), &mut out);
-                self.stream.write_all(&out)?;
                 seen.statuses.fetch_add(1, SeqCst);
-                return Ok(());
+                replies.block_status(request, disk.extents(request), &mut out);
+                return self.stream.write_all(&out);
             }
         };
         self.stream.write_all(&replies.done(request))
