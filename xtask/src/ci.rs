@@ -68,13 +68,15 @@ const STEPS: [Step; 16] = [
 ];
 
 /// What tests run, and the Debian package that has it.
-const PACKAGES: [(&str, &str); 7] = [
+const PACKAGES: [(&str, &str); 9] = [
     ("cc", "gcc"),
     ("c++", "g++"),
     ("readelf", "binutils"),
     ("pkg-config", "pkg-config"),
     ("mkfs.ext4", "e2fsprogs"),
     ("strace", "strace"),
+    ("nbdinfo", "libnbd-bin"),
+    ("nbdsh", "python3-libnbd"),
     // Without systemd-sysv: nothing makes it an init here.
     ("systemd-analyze", "systemd"),
 ];
