@@ -136,15 +136,6 @@ impl Window {
         self.start.addr().is_multiple_of(alignment)
     }
 
-    /// A part of it; `None` if that is not all inside.
-    pub(crate) fn part(&self, offset: usize, length: usize) -> Option<Window> {
-        if offset.checked_add(length)? > self.length {
-            return None;
-        }
-        let start = self.start.wrapping_add(offset);
-        Some(Window { start, length, _owner: self._owner.clone() })
-    }
-
     /// Callers stay inside, whatever the other side says; a bug of ours is ignored, not obeyed.
     fn at(&self, offset: usize, size: usize) -> Option<*mut u8> {
         let pointer = self.start.wrapping_add(offset);

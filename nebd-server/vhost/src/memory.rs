@@ -256,7 +256,7 @@ fn check_overlaps(
 
 /// Memory for tests of this crate and of those who use it: one sealed memfd, mapped.
 pub fn sealed_memory(spec: RegionSpec) -> Result<Arc<MappedRegion>, MemoryError> {
-    let size = spec.mmap_offset + spec.size.next_multiple_of(4096);
+    let size = (spec.mmap_offset + spec.size).next_multiple_of(4096);
     let memory = nebd_abi::region::SharedMemory::create("guest", size).map_err(|error| {
         MemoryError::System { action: "make", source: io::Error::other(error) }
     })?;
