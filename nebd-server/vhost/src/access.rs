@@ -45,10 +45,7 @@ impl Segment {
     /// The same without its first bytes, or without its last.
     pub(crate) fn slice(&self, from: usize, length: usize) -> Segment {
         let from = from.min(self.length);
-        Segment {
-            pointer: self.pointer.wrapping_add(from),
-            length: length.min(self.length - from),
-        }
+        Segment { pointer: self.pointer.wrapping_add(from), length: length.min(self.length - from) }
     }
 
     /// Copies its first bytes out; returns how many.

@@ -197,7 +197,10 @@ mod tests {
         }
         let journal = Journal::create().unwrap();
         assert_eq!(journal.state().unwrap(), b"");
-        assert!(matches!(journal.save(&vec![0; STATE_BYTES_MAX + 1]), Err(JournalError::TooLong(_))));
+        assert!(matches!(
+            journal.save(&vec![0; STATE_BYTES_MAX + 1]),
+            Err(JournalError::TooLong(_))
+        ));
         journal.save(&vec![7; STATE_BYTES_MAX]).unwrap();
         assert_eq!(again(&journal).state().unwrap(), vec![7; STATE_BYTES_MAX]);
     }

@@ -112,8 +112,9 @@ impl MappedRegion {
         fd: BorrowedFd<'_>,
         backing: Backing,
     ) -> Result<Arc<MappedRegion>, MemoryError> {
-        let system =
-            |action| move |errno: rustix::io::Errno| MemoryError::System { action, source: errno.into() };
+        let system = |action| {
+            move |errno: rustix::io::Errno| MemoryError::System { action, source: errno.into() }
+        };
         let impossible = || MemoryError::Region(spec);
         let end = spec.mmap_offset.checked_add(spec.size).ok_or_else(impossible)?;
         let wraps = spec.guest_address.checked_add(spec.size).is_none()
@@ -146,7 +147,8 @@ impl MappedRegion {
             .map_err(|source| MemoryError::System { action: "map", source })?;
         // A core dump of the server holds no guest, and a child that it forks maps none.
         for advice in [Advice::DontDump, Advice::DontFork] {
-            map.advise(advice).map_err(|source| MemoryError::System { action: "advise", source })?;
+            map.advise(advice)
+                .map_err(|source| MemoryError::System { action: "advise", source })?;
         }
         let skip = (spec.mmap_offset - start) as usize;
         Ok(Arc::new(MappedRegion { spec, skip, map }))
@@ -214,12 +216,19 @@ impl GuestMemory {
 
     /// Finds `length` bytes at a guest-physical address, in pieces where regions meet; `None` if they
     /// are not all there.
-    pub(crate) fn find(&self, address: u64, length: u64, mut piece: impl FnMut(Segment)) -> Option<()> {
+    pub(crate) fn find(
+        &self,
+        address: u64,
+        length: u64,
+        mut piece: impl FnMut(Segment),
+    ) -> Option<()> {
         let (mut address, mut left) = (address, length);
         address.checked_add(length)?;
         while left > 0 {
             let region = self.regions.iter().find(|region| {
-                address.checked_sub(region.spec.guest_address).is_some_and(|at| at < region.spec.size)
+                address
+                    .checked_sub(region.spec.guest_address)
+                    .is_some_and(|at| at < region.spec.size)
             })?;
             let segment = region.segment(address - region.spec.guest_address, left);
             address += segment.len() as u64;
@@ -257,9 +266,8 @@ fn check_overlaps(
 /// Memory for tests of this crate and of those who use it: one sealed memfd, mapped.
 pub fn sealed_memory(spec: RegionSpec) -> Result<Arc<MappedRegion>, MemoryError> {
     let size = (spec.mmap_offset + spec.size).next_multiple_of(4096);
-    let memory = nebd_abi::region::SharedMemory::create("guest", size).map_err(|error| {
-        MemoryError::System { action: "make", source: io::Error::other(error) }
-    })?;
+    let memory = nebd_abi::region::SharedMemory::create("guest", size)
+        .map_err(|error| MemoryError::System { action: "make", source: io::Error::other(error) })?;
     MappedRegion::map(spec, memory.fd().as_fd(), Backing::Sealed)
 }
 

@@ -299,9 +299,9 @@ impl Message {
     pub fn fds(&self) -> Option<usize> {
         match self {
             Message::SetMemTable(regions) => Some(regions.len()),
-            Message::SetVringKick(ring) | Message::SetVringCall(ring) | Message::SetVringErr(ring) => {
-                ring.has_fd.then_some(1)
-            }
+            Message::SetVringKick(ring)
+            | Message::SetVringCall(ring)
+            | Message::SetVringErr(ring) => ring.has_fd.then_some(1),
             Message::AddMemReg(_) | Message::SetBackendReqFd | Message::SetInflightFd(_) => Some(1),
             _ => None,
         }
@@ -334,7 +334,9 @@ impl Message {
                 .u64(addresses.used)
                 .u64(addresses.available)
                 .u64(addresses.log),
-            Message::SetVringKick(ring) | Message::SetVringCall(ring) | Message::SetVringErr(ring) => {
+            Message::SetVringKick(ring)
+            | Message::SetVringCall(ring)
+            | Message::SetVringErr(ring) => {
                 let no_fd = if ring.has_fd { 0 } else { RING_NO_FD };
                 output.u64(u64::from(ring.index) | no_fd)
             }
@@ -491,25 +493,25 @@ fn frame(request: u32, flags: u32, payload: impl FnOnce(&mut Output)) -> Vec<u8>
     output.0
 }
 
-struct Output(Vec<u8>);
+pub(crate) struct Output(pub(crate) Vec<u8>);
 
 impl Output {
-    fn u16(&mut self, value: u16) -> &mut Self {
+    pub(crate) fn u16(&mut self, value: u16) -> &mut Self {
         self.0.extend(value.to_le_bytes());
         self
     }
 
-    fn u32(&mut self, value: u32) -> &mut Self {
+    pub(crate) fn u32(&mut self, value: u32) -> &mut Self {
         self.0.extend(value.to_le_bytes());
         self
     }
 
-    fn u64(&mut self, value: u64) -> &mut Self {
+    pub(crate) fn u64(&mut self, value: u64) -> &mut Self {
         self.0.extend(value.to_le_bytes());
         self
     }
 
-    fn region(&mut self, region: &RegionSpec) -> &mut Self {
+    pub(crate) fn region(&mut self, region: &RegionSpec) -> &mut Self {
         self.u64(region.guest_address)
             .u64(region.size)
             .u64(region.user_address)
@@ -530,7 +532,7 @@ impl Output {
 }
 
 /// Bytes, read from the front; zeros at the end, so lengths are to be checked.
-struct Input<'a>(&'a [u8]);
+pub(crate) struct Input<'a>(pub(crate) &'a [u8]);
 
 impl Input<'_> {
     fn take<const N: usize>(&mut self) -> [u8; N] {
@@ -543,19 +545,19 @@ impl Input<'_> {
         }
     }
 
-    fn u16(&mut self) -> u16 {
+    pub(crate) fn u16(&mut self) -> u16 {
         u16::from_le_bytes(self.take())
     }
 
-    fn u32(&mut self) -> u32 {
+    pub(crate) fn u32(&mut self) -> u32 {
         u32::from_le_bytes(self.take())
     }
 
-    fn u64(&mut self) -> u64 {
+    pub(crate) fn u64(&mut self) -> u64 {
         u64::from_le_bytes(self.take())
     }
 
-    fn region(&mut self) -> RegionSpec {
+    pub(crate) fn region(&mut self) -> RegionSpec {
         RegionSpec {
             guest_address: self.u64(),
             size: self.u64(),
@@ -569,8 +571,11 @@ impl Input<'_> {
             return None;
         }
         let (offset, size, flags) = (self.u32(), self.u32() as usize, self.u32());
-        (size == self.0.len() && size <= CONFIG_BYTES_MAX)
-            .then(|| ConfigPiece { offset, flags, bytes: self.0.to_vec() })
+        (size == self.0.len() && size <= CONFIG_BYTES_MAX).then(|| ConfigPiece {
+            offset,
+            flags,
+            bytes: self.0.to_vec(),
+        })
     }
 
     fn inflight(&mut self) -> Option<InflightDescription> {

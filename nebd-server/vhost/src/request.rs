@@ -252,9 +252,8 @@ pub fn parse(
         T_FLUSH => Ok(Operation::Flush),
         T_GET_ID => identify(disk, &writable),
         T_DISCARD => ranges(disk, &readable, 0).map(Operation::Discard),
-        T_WRITE_ZEROES => ranges(disk, &readable, RANGE_UNMAP).map(|ranges| {
-            Operation::WriteZeroes { ranges, fua: agreement.is_write_through() }
-        }),
+        T_WRITE_ZEROES => ranges(disk, &readable, RANGE_UNMAP)
+            .map(|ranges| Operation::WriteZeroes { ranges, fua: agreement.is_write_through() }),
         _ => Err(UNSUPPORTED),
     };
     (operation, ticket)

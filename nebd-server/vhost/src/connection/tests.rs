@@ -107,7 +107,7 @@ fn nonsense_is_refused_and_a_cut_off_message_is_an_end() {
     assert!(matches!(connection.peek(), Err(ConnectionError::Message(MessageError::Flags(_)))));
 
     let (hypervisor, connection) = pair();
-    let files: Vec<OwnedFd> = (0..9).map(|_| memfd("many")).collect();
+    let files: Vec<OwnedFd> = (0..16).map(|_| memfd("many")).collect();
     let fds: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
     send_with_fds(&hypervisor, &Message::SetOwner.encode(false), &fds);
     assert!(matches!(connection.peek(), Err(ConnectionError::TooManyFds)));

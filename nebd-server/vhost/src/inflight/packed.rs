@@ -87,8 +87,7 @@ impl PackedRecord {
     ) -> Result<(PackedRecord, Vec<Recorded>), RecordError> {
         let QueueRecord { window, entries } = record;
         let next = (1..=size).collect();
-        let mut record =
-            PackedRecord { window, size, free_head: 0, next, used: base, counter: 0 };
+        let mut record = PackedRecord { window, size, free_head: 0, next, used: base, counter: 0 };
         if entries < size || !record.window.is_aligned_to(8) {
             return Err(RecordError::Entries(entries));
         }

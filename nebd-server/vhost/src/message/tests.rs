@@ -66,7 +66,11 @@ fn golden() -> Vec<(Message, usize, &'static str)> {
         (Message::GetQueueNum, 0, "11000000 01000000 00000000"),
         (Message::SetVringEnable(ring), 0, "12000000 01000000 08000000 01000000 00010000"),
         (Message::SetBackendReqFd, 1, "15000000 01000000 00000000"),
-        (Message::GetConfig(piece.clone()), 0, "18000000 01000000 0d000000 20000000 01000000 00000000 01"),
+        (
+            Message::GetConfig(piece.clone()),
+            0,
+            "18000000 01000000 0d000000 20000000 01000000 00000000 01",
+        ),
         (Message::SetConfig(piece), 0, "19000000 01000000 0d000000 20000000 01000000 00000000 01"),
         (
             Message::GetInflightFd(inflight),
@@ -120,7 +124,8 @@ fn golden_messages() {
 
 #[test]
 fn golden_replies() {
-    let inflight = InflightDescription { mmap_size: 4096, queues: 1, queue_size: 64, ..Default::default() };
+    let inflight =
+        InflightDescription { mmap_size: 4096, queues: 1, queue_size: 64, ..Default::default() };
     let piece = ConfigPiece { offset: 0, flags: 0, bytes: vec![7, 8] };
     for (reply, request, text) in [
         (Reply::Number(5), 1, "01000000 05000000 08000000 0500000000000000"),

@@ -297,7 +297,8 @@ impl PackedQueue {
         let (off_wrap, flags) = (word & 0xffff, (word >> 16) as u16);
         match flags & 3 {
             EVENTS_AT if self.event_idx => {
-                let event = Position { index: (off_wrap & 0x7fff) as u16, wrap: off_wrap >> 15 != 0 };
+                let event =
+                    Position { index: (off_wrap & 0x7fff) as u16, wrap: off_wrap >> 15 != 0 };
                 // Two laps are as far as a wrap counter can see.
                 let laps = 2 * u32::from(self.size);
                 let linear = |at: Position| {

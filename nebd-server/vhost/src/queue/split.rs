@@ -11,11 +11,11 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
-use super::{Answer, F_RING_EVENT_IDX, F_RING_INDIRECT, QueueSetup, StartError, has_passed, window};
-use crate::access::Window;
-use crate::chain::{
-    Builder, Chain, DESCRIPTOR_BYTES, Descriptor, F_INDIRECT, F_NEXT, Violation,
+use super::{
+    Answer, F_RING_EVENT_IDX, F_RING_INDIRECT, QueueSetup, StartError, has_passed, window,
 };
+use crate::access::Window;
+use crate::chain::{Builder, Chain, DESCRIPTOR_BYTES, Descriptor, F_INDIRECT, F_NEXT, Violation};
 use crate::inflight::{QueueRecord, SplitRecord};
 use crate::memory::GuestMemory;
 

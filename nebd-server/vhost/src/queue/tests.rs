@@ -219,8 +219,8 @@ fn kinds(sizes: &[u16]) -> Vec<Kind> {
         for (event_idx, indirect) in [(false, false), (false, true), (true, false), (true, true)] {
             for size in sizes {
                 // A split ring's size is a power of two, and the shortest chain has two descriptors.
-                let is_possible = (layout == Layout::Packed || size.is_power_of_two())
-                    && (indirect || *size > 1);
+                let is_possible =
+                    (layout == Layout::Packed || size.is_power_of_two()) && (indirect || *size > 1);
                 if is_possible {
                     let past = 65530 + size % 6;
                     kinds.push(Kind { layout, size: *size, event_idx, indirect, past });

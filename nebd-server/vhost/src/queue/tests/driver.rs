@@ -237,7 +237,8 @@ impl Driver {
         let used = USED as usize;
         match self.kind.layout {
             Layout::Split if self.kind.event_idx => {
-                let event = self.window.load_u16(used + 4 + 8 * usize::from(self.kind.size), SeqCst);
+                let event =
+                    self.window.load_u16(used + 4 + 8 * usize::from(self.kind.size), SeqCst);
                 has_passed(event, self.next_available, self.next_available.wrapping_sub(1))
             }
             Layout::Split => self.window.load_u16(used, SeqCst) & 1 == 0,
@@ -319,9 +320,8 @@ impl Driver {
                 // Ids of a chain that are not its first: any of those not outstanding.
                 let size = self.kind.size;
                 self.free.push(id);
-                let spare = (0..size).filter(|id| {
-                    !self.outstanding.contains_key(id) && !self.free.contains(id)
-                });
+                let spare = (0..size)
+                    .filter(|id| !self.outstanding.contains_key(id) && !self.free.contains(id));
                 let spare: Vec<u16> = spare.take(usize::from(places) - 1).collect();
                 assert_eq!(spare.len(), usize::from(places) - 1);
                 self.free.extend(spare);

@@ -106,7 +106,8 @@ fn packed_rings_recover_over_many_laps() {
 #[test]
 fn a_batch_as_long_as_a_packed_ring_is_recognised() {
     for deaths in 0..60 {
-        let kind = Kind { layout: Layout::Packed, size: 3, event_idx: true, indirect: true, past: 2 };
+        let kind =
+            Kind { layout: Layout::Packed, size: 3, event_idx: true, indirect: true, past: 2 };
         let mut driver = Driver::new(kind);
         let record = InflightRecord::create(Layout::Packed, 1, 3).unwrap();
         hooks::die_after(u64::MAX);
