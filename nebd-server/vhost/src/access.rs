@@ -4,7 +4,8 @@
 //! keeps alive; everything above works on it, and never forms a reference to such memory.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::Ordering::{self, Relaxed};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64};
 
 use nebd_abi::region::SharedMemory;
 
@@ -49,12 +50,33 @@ impl Segment {
     }
 
     /// Copies its first bytes out; returns how many.
+    ///
+    /// Each byte is loaded once, by an atomic: of a plain copy the compiler may look at the source
+    /// again, which has changed after it was checked.
     pub(crate) fn read(&self, bytes: &mut [u8]) -> usize {
         let count = bytes.len().min(self.length);
-        // SAFETY: a segment's bytes are mapped as long as its guest memory, which the caller, a
-        // chain or a queue, holds. The destination is private, and the source may change meanwhile:
-        // no reference to it is formed, and any value is a valid byte.
-        unsafe { std::ptr::copy_nonoverlapping(self.pointer, bytes.as_mut_ptr(), count) };
+        let mut at = self.pointer;
+        let (words, rest) = bytes[..count].as_chunks_mut();
+        // Headers and tables are aligned, as a rule.
+        if self.pointer.addr().is_multiple_of(align_of::<AtomicU64>()) {
+            for word in words {
+                // SAFETY: a segment's bytes are mapped as long as its guest memory, which the caller, a
+                // chain or a queue, holds; so many words lie in it, and they are aligned.
+                *word = unsafe { AtomicU64::from_ptr(at.cast()) }.load(Relaxed).to_ne_bytes();
+                at = at.wrapping_add(word.len());
+            }
+        } else {
+            for byte in words.as_flattened_mut() {
+                // SAFETY: as above; a byte is always aligned.
+                *byte = unsafe { AtomicU8::from_ptr(at) }.load(Relaxed);
+                at = at.wrapping_add(1);
+            }
+        }
+        for byte in rest {
+            // SAFETY: as above.
+            *byte = unsafe { AtomicU8::from_ptr(at) }.load(Relaxed);
+            at = at.wrapping_add(1);
+        }
         count
     }
 
@@ -64,7 +86,8 @@ impl Segment {
         if !hooks::store() {
             return count;
         }
-        // SAFETY: as for `read`, the other way round; segments come from mappings that may be written.
+        // SAFETY: as for `read`, and segments come from mappings that may be written; the source is
+        // private, and no reference to the destination is formed.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.pointer, count) };
         count
     }
@@ -72,7 +95,7 @@ impl Segment {
 
 /// A bounded range of shared memory, kept mapped.
 #[derive(Clone)]
-pub struct Window {
+pub(crate) struct Window {
     start: *mut u8,
     length: usize,
     _owner: Owner,
@@ -111,7 +134,7 @@ impl Window {
     }
 
     /// `length` bytes at `offset` of a mapped memfd; `None` if they are not all inside.
-    pub fn of(memory: &Arc<SharedMemory>, offset: u64, length: u64) -> Option<Window> {
+    pub(crate) fn of(memory: &Arc<SharedMemory>, offset: u64, length: u64) -> Option<Window> {
         let start = memory.range(offset, length)?;
         Some(Window { start, length: usize::try_from(length).ok()?, _owner: memory.clone() })
     }

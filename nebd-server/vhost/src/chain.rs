@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use crate::access::Segment;
+pub use crate::access::Segment;
 use crate::memory::GuestMemory;
 
 /// Descriptors that a chain may have, those of an indirect table among them.

@@ -273,8 +273,12 @@ impl Device {
             Message::SetVringEnable(state) => self.enable(*state),
             Message::GetConfig(piece) => Ok(Action::Reply(Reply::Config(self.config(piece)))),
             Message::SetConfig(piece) => self.set_config(piece),
-            Message::GetInflightFd(inflight) => Ok(Action::CreateInflight(*inflight)),
+            Message::GetInflightFd(inflight) => {
+                self.check_inflight(inflight)?;
+                Ok(Action::CreateInflight(*inflight))
+            }
             Message::SetInflightFd(inflight) => {
+                self.check_inflight(inflight)?;
                 let fd = fds.next().ok_or(Refusal::Message(message.id()))?;
                 self.state.inflight = Some(*inflight);
                 Ok(Action::SetInflight(*inflight, fd))
@@ -290,6 +294,17 @@ impl Device {
             | Message::Postcopy(_)
             | Message::Unknown(_) => Err(Refusal::Message(message.id())),
         }
+    }
+
+    /// A record has memory for as many queues as are asked for.
+    fn check_inflight(&self, inflight: &InflightDescription) -> Result<(), Refusal> {
+        if !(1..=self.disk.queues).contains(&inflight.queues) {
+            return Err(Refusal::RingNumber(inflight.queues.into()));
+        }
+        if !(1..=QUEUE_SIZE_MAX).contains(&inflight.queue_size) {
+            return Err(Refusal::RingNumber(inflight.queue_size.into()));
+        }
+        Ok(())
     }
 
     fn set_features(&mut self, features: u64) -> Result<Action, Refusal> {

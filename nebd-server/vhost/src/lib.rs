@@ -16,7 +16,7 @@
 //! Everything that a guest or a hypervisor says is copied once and checked. A guest that breaks a
 //! rule gets a [`chain::Violation`], and its disk stops.
 
-pub mod access;
+mod access;
 pub mod chain;
 pub mod connection;
 pub mod device;

@@ -18,7 +18,7 @@
 //! a SIGBUS too, unless the hypervisor reserves them, as QEMU does for hugetlb by default.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
@@ -263,16 +263,19 @@ fn check_overlaps(
     Ok(())
 }
 
-/// Memory for tests of this crate and of those who use it: one sealed memfd, mapped.
-pub fn sealed_memory(spec: RegionSpec) -> Result<Arc<MappedRegion>, MemoryError> {
+/// A sealed memfd, mapped.
+#[cfg(test)]
+pub(crate) fn sealed_memory(spec: RegionSpec) -> Result<Arc<MappedRegion>, MemoryError> {
     let size = (spec.mmap_offset + spec.size).next_multiple_of(4096);
     let memory = nebd_abi::region::SharedMemory::create("guest", size)
         .map_err(|error| MemoryError::System { action: "make", source: io::Error::other(error) })?;
-    MappedRegion::map(spec, memory.fd().as_fd(), Backing::Sealed)
+    MappedRegion::map(spec, memory.fd(), Backing::Sealed)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
 
     fn region(guest_address: u64, size: u64, user_address: u64) -> Arc<MappedRegion> {

@@ -289,7 +289,7 @@ impl Message {
     pub fn decode(request: u32, payload: &[u8], fds: usize) -> Result<Message, MessageError> {
         let message = decode_payload(request, payload)
             .ok_or(MessageError::Length { request, bytes: payload.len() })?;
-        if !message.fds().is_none_or(|count| count == fds) {
+        if message.fds().is_some_and(|count| count != fds) {
             return Err(MessageError::Fds { request, count: fds });
         }
         Ok(message)

@@ -171,6 +171,11 @@ fn what_was_not_offered_is_refused() {
             device.handle(&Message::SetVringNum(ring(0, number)), Vec::new()).unwrap_err();
         assert_eq!(refused, Refusal::RingNumber(number));
     }
+    for (queues, queue_size) in [(0, 8), (3, 8), (u16::MAX, 8), (1, 0), (1, u16::MAX)] {
+        let inflight = InflightDescription { queues, queue_size, ..Default::default() };
+        let refused = device.handle(&Message::GetInflightFd(inflight), Vec::new()).unwrap_err();
+        assert!(matches!(refused, Refusal::RingNumber(_)));
+    }
     assert_eq!(device.state(), Device::new(disk()).state());
 }
 
