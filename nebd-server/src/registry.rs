@@ -448,6 +448,21 @@ mod tests {
     }
 
     #[test]
+    fn a_reload_that_fails_leaves_what_was_known() {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = Registry::load(dir.path()).unwrap();
+        let names: Vec<_> = (0..16).map(|i| record(&format!("file:disk{i}"))).collect();
+        for (name, record) in &names {
+            registry.put(name, record.clone()).unwrap();
+        }
+        registry.answer(b"id", "resize", &names[0].0, 9).unwrap();
+        fs::write(registry.path(&names[7].0), "an editor was here").unwrap();
+        registry.reload().unwrap_err();
+        assert_eq!(registry.records().len(), 16);
+        assert_eq!(registry.answered(b"id", "resize", &names[0].0), Some(9));
+    }
+
+    #[test]
     fn permission_is_by_owner_group_and_mode() {
         let (_, record) = record("file:disk1");
         assert!(record.permits(0, 0, true) && record.permits(1000, 1, true));
