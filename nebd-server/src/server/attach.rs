@@ -447,10 +447,7 @@ impl Server {
 
     /// Tries again to start a stored session, until it is served.
     pub(crate) fn resume_stored(&self, id: SessionId) {
-        match self.stored_request(id) {
-            Ok(request) => self.resume(request),
-            Err(error) => tracing::error!(session = %id, %error, "a session is lost"),
-        }
+        self.persist(id, Err(AttachError::Starting(id)));
     }
 
     /// Starts the sessions that have their places, each on a thread of its own.
@@ -481,9 +478,14 @@ impl Server {
     /// Starts one stored session; waits as long as its storage does not answer.
     fn resume(&self, request: AttachRequest) {
         let id = request.region.params().session;
+        let attached = self.attach_stored(request);
+        self.persist(id, attached);
+    }
+
+    /// Until it is served, or can never be. The gate is not held over the pauses: storage that is
+    /// away holds up no planned takeover.
+    fn persist(&self, id: SessionId, mut attached: Result<Arc<Session>, AttachError>) {
         let mut pause = Duration::from_millis(1);
-        // The gate is not held over the pauses: storage that is away holds up no planned takeover.
-        let mut attached = self.attach_stored(request);
         while let Err(error) = attached {
             if !error.is_transient() {
                 tracing::error!(session = %id, %error, "session cannot be resumed");
