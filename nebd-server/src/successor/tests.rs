@@ -295,3 +295,64 @@ fn sessions_whose_storage_waits_hold_up_no_other() {
     eprintln!("last in the queue, not prepared: {took:?}");
     assert!(took.iter().flatten().all(|took| *took < RESUME_TIME_MAX / 8), "{took:?}");
 }
+
+/// As above, and here it is the host's memory that is not freed.
+#[test]
+fn memory_that_was_deleted_and_made_anew_between_two_rounds_is_freed() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = Arc::new(HostPage::create().unwrap());
+    let owner = server(&dir, "owner", &host, Store::new());
+    claim(&owner.server);
+    let volume = create(&owner.server, "mem:a");
+    attach(&owner.server, 1, &volume);
+    let heir = server(&dir, "heir", &host, copy(&owner.server));
+    let preparation = Preparation::new(heir.server.clone());
+    assert_eq!(preparation.update().volumes, 1);
+    let inode = rustix::fs::fstat(heir.server.store.fetch("m.a").unwrap()).unwrap().st_ino;
+    // Another memory of that name, and a session of it: what else happened is not seen.
+    let anew = server(&dir, "anew", &host, Store::new());
+    attach(&anew.server, 2, &volume);
+    let names = [heir.server.store.names("s."), heir.server.store.names("m.")].concat();
+    for name in names {
+        heir.server.store.disown(&name);
+        preparation.note_change(&name);
+    }
+    for (name, fd) in copy(&anew.server) {
+        heir.server.store.adopt(name.clone(), fd);
+        preparation.note_change(&name);
+    }
+    assert_eq!(preparation.update().failures, vec![]);
+    let mapped = || {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let of_inode = |line: &&str| line.split_whitespace().nth(4) == Some(&inode.to_string());
+        maps.lines().filter(of_inode).count()
+    };
+    // The owner of this test has it mapped, too.
+    let before = mapped();
+    heir.server.prepared().clear();
+    assert_eq!(before, mapped(), "its memory is not freed as long as the standby lives");
+}
+
+/// A crash before, or long after, the sessions are served must not write guests' memory to disk.
+#[test]
+fn what_a_successor_maps_is_no_part_of_core_dumps() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = Arc::new(HostPage::create().unwrap());
+    let owner = server(&dir, "owner", &host, Store::new());
+    claim(&owner.server);
+    let volume = create(&owner.server, "null:a");
+    let id = attach(&owner.server, 1, &volume);
+    let memory = nebd_abi::region::SharedMemory::create("guest", 4096).unwrap();
+    let mut store = copy(&owner.server);
+    store.insert(Session::store_name(id, "mem1"), memory.fd().try_clone_to_owned().unwrap());
+    let heir = server(&dir, "heir", &host, store);
+    let request = heir.server.stored_request(id).unwrap();
+    let is_kept_out = |address: *mut u8| {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let start = format!("{:x}-", address.addr());
+        let mut lines = smaps.lines().skip_while(|line| !line.starts_with(&start));
+        lines.find(|line| line.starts_with("VmFlags:")).unwrap().split(' ').any(|flag| flag == "dd")
+    };
+    assert!(is_kept_out(request.region.memory().as_ptr()), "the region");
+    assert!(is_kept_out(request.memories[1].as_ref().unwrap().as_ptr()), "registered memory");
+}
