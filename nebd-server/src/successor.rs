@@ -70,7 +70,18 @@ impl Preparation {
     /// The store holds something else since a moment, or nothing, under this name. What was mapped is let go at
     /// once: it may be of a session that has ended.
     pub(crate) fn note_change(&self, name: &str) {
-        let Some(id) = Session::of_store_name(name) else { return };
+        let Some(id) = Session::of_store_name(name) else {
+            // The memory of a volume: a mapping of another would keep that one from being freed.
+            let volume =
+                name.strip_prefix("m.").and_then(|name| format!("mem:{name}").parse().ok());
+            let Some(volume): Option<VolumeName> = volume else { return };
+            let mut state = self.state();
+            state.volumes.remove(&volume);
+            let mapped = self.server.prepared().remove(&volume);
+            drop(state);
+            drop(mapped);
+            return;
+        };
         let mut state = self.state();
         state.changed.insert(id);
         let mapped = state.sessions.remove(&id);

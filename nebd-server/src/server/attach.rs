@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nebd_abi::control::AttachFlags;
 use nebd_abi::layout::{ServerState, SessionId};
-use nebd_abi::region::{Region, RegionError};
+use nebd_abi::region::{Region, RegionError, SharedMemory};
 use nebd_abi::ring::{Request, ServerQueue};
 use nebd_abi::{Epoch, Errno, VolumeName};
 use nebd_backend::{BackendError, FdStore, OpenContext};
@@ -512,6 +512,13 @@ impl Server {
         let fetch = |what: &str| self.store.fetch(&Session::store_name(id, what));
         let region = fetch("region").ok_or(StoredError::Missing("region"))?;
         let region = Arc::new(Region::open(region)?);
+        // From now on: a crash before the session is served is a crash all the same.
+        let keep_out_of_dumps = |memory: &SharedMemory| {
+            if let Err(error) = memory.advise(Advice::LinuxDontDump) {
+                tracing::warn!(session = %id, %error, "memory will be part of core dumps");
+            }
+        };
+        keep_out_of_dumps(region.memory());
         let ledger = Ledger::open(fetch("ledger").ok_or(StoredError::Missing("ledger"))?)?;
         let doorbells = |kind: &'static str| -> Result<Vec<OwnedFd>, StoredError> {
             let queues = 0..region.geometry().queue_count;
@@ -530,6 +537,7 @@ impl Server {
             if let (Some(number), Some(fd)) = (number, self.store.fetch(&name)) {
                 let uid = ledger.attachment().client_uid;
                 let memory = self.memory_quota.map_again(fd, uid)?;
+                keep_out_of_dumps(&memory);
                 set_memory(&mut memories, number, Some(Arc::new(memory)));
             }
         }
