@@ -122,7 +122,7 @@ struct Operation {
     size: u64,
 }
 
-#[derive(Debug, Default, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 struct Operations {
     #[serde(default)]
     operation: Vec<Operation>,
@@ -197,7 +197,7 @@ impl Registry {
     }
 
     /// Reads again what another process may have changed: a look at each file, and a read of those
-    /// that are not what they were.
+    /// that are not what they were. What fails changes nothing.
     pub fn reload(&self) -> Result<(), RegistryError> {
         let dir = &self.dir;
         let mut state = self.state();
@@ -207,13 +207,13 @@ impl Registry {
             let name = path.file_stem().and_then(|stem| stem.to_str()?.parse::<VolumeName>().ok());
             let is_record = path.extension().is_some_and(|extension| extension == "toml");
             let Some(name) = name.filter(|_| is_record) else { continue };
-            let known = state.volumes.remove(&name);
+            let known = state.volumes.get(&name);
             if let Some(record) = state.read_if_changed(&mut fresh, path, known)? {
                 fresh.volumes.insert(name, record);
             }
         }
-        let known = std::mem::take(&mut state.operations);
-        let operations = state.read_if_changed(&mut fresh, dir.join(OPERATIONS), Some(known))?;
+        let known = Some(&state.operations);
+        let operations = state.read_if_changed(&mut fresh, dir.join(OPERATIONS), known)?;
         fresh.operations = operations.unwrap_or_default();
         *state = fresh;
         Ok(())
@@ -295,11 +295,11 @@ impl Registry {
 
 impl State {
     /// What the file holds, `None` if it is not there; `known` if that is what it was read as.
-    fn read_if_changed<T: for<'de> Deserialize<'de>>(
+    fn read_if_changed<T: Clone + for<'de> Deserialize<'de>>(
         &self,
         fresh: &mut State,
         path: PathBuf,
-        known: Option<T>,
+        known: Option<&T>,
     ) -> Result<Option<T>, RegistryError> {
         let stamp = match fs::metadata(&path) {
             Ok(file) => Stamp::of(&file),
@@ -307,7 +307,9 @@ impl State {
             Err(error) => return Err(file("look at", &path)(error)),
         };
         let value = match known {
-            Some(value) if stamp.is_some() && self.stamps.get(&path) == stamp.as_ref() => value,
+            Some(value) if stamp.is_some() && self.stamps.get(&path) == stamp.as_ref() => {
+                value.clone()
+            }
             _ => match read(&path) {
                 // Removed in between.
                 Err(RegistryError::File { source, .. })
@@ -445,6 +447,21 @@ mod tests {
         ours.remove(&other).unwrap();
         theirs.reload().unwrap();
         assert_eq!(theirs.record(&other), None);
+    }
+
+    #[test]
+    fn a_reload_that_fails_leaves_what_was_known() {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = Registry::load(dir.path()).unwrap();
+        let names: Vec<_> = (0..16).map(|i| record(&format!("file:disk{i}"))).collect();
+        for (name, record) in &names {
+            registry.put(name, record.clone()).unwrap();
+        }
+        registry.answer(b"id", "resize", &names[0].0, 9).unwrap();
+        fs::write(registry.path(&names[7].0), "an editor was here").unwrap();
+        registry.reload().unwrap_err();
+        assert_eq!(registry.records().len(), 16);
+        assert_eq!(registry.answered(b"id", "resize", &names[0].0), Some(9));
     }
 
     #[test]

@@ -24,7 +24,7 @@ use crate::shard::monotonic_ns;
 
 /// Volumes are opened in parallel: storage takes its time.
 const PREPARE_THREADS_MAX: usize = 16;
-/// If all that resume sessions wait for their storage this long, one more begins.
+/// If all that resume sessions wait for their storage this long, more begin.
 const PATIENCE: Duration = Duration::from_millis(1);
 /// What is not served after this is served later, on threads of its own.
 const RESUME_TIME_MAX: Duration = Duration::from_millis(500);
@@ -70,7 +70,18 @@ impl Preparation {
     /// The store holds something else since a moment, or nothing, under this name. What was mapped is let go at
     /// once: it may be of a session that has ended.
     pub(crate) fn note_change(&self, name: &str) {
-        let Some(id) = Session::of_store_name(name) else { return };
+        let Some(id) = Session::of_store_name(name) else {
+            // The memory of a volume: a mapping of another would keep that one from being freed.
+            let volume =
+                name.strip_prefix("m.").and_then(|name| format!("mem:{name}").parse().ok());
+            let Some(volume): Option<VolumeName> = volume else { return };
+            let mut state = self.state();
+            state.volumes.remove(&volume);
+            let mapped = self.server.prepared().remove(&volume);
+            drop(state);
+            drop(mapped);
+            return;
+        };
         let mut state = self.state();
         state.changed.insert(id);
         let mapped = state.sessions.remove(&id);
@@ -82,6 +93,10 @@ impl Preparation {
     /// needed no longer. Waits as long as their storage does.
     pub(crate) fn update(&self) -> Progress {
         let mut failures = Vec::new();
+        if self.state().is_taken {
+            // A server that serves knows its registry, and has mapped its sessions.
+            return Progress::default();
+        }
         if let Err(error) = self.server.registry.reload() {
             failures.push((String::new(), error.to_string()));
         }
@@ -111,6 +126,9 @@ impl Preparation {
             stored.into_iter().filter(|id| !state.sessions.contains_key(id)).collect()
         };
         for id in missing {
+            if self.state().is_taken {
+                return;
+            }
             match self.server.stored_request(id) {
                 Ok(request) => {
                     let mut state = self.state();
@@ -221,29 +239,22 @@ impl Resumption {
     /// Serves every session that was prepared; the others, and those whose locks come later, start
     /// on threads of their own. Returns when each was served.
     pub(crate) fn run(self) -> Vec<Served> {
-        let Resumption { server, now, mut later } = self;
-        let start = Instant::now();
-        let (served, again) = attach_all(&server, now);
-        if later.is_empty() && again.is_empty() {
+        let Resumption { server, now, later } = self;
+        let (start, count) = (Instant::now(), now.len());
+        let is_all = later.is_empty();
+        // First: what is not prepared must not wait for what is.
+        server.resume_all(later);
+        let served = attach_all(&server, now);
+        if is_all && count > 0 && served.len() == count {
             crate::metrics::note_phase("resume", start.elapsed());
         }
-        for id in again {
-            match server.stored_request(id) {
-                Ok(request) => later.push(request),
-                Err(error) => tracing::error!(session = %id, %error, "a session is lost"),
-            }
-        }
-        server.resume_all(later);
         served
     }
 }
 
-/// Attaches these on a few threads, and returns those that are served after a while, and those that
-/// are to be tried again. One that waits for its storage holds up nothing but its thread.
-fn attach_all(
-    server: &Arc<Server>,
-    requests: VecDeque<AttachRequest>,
-) -> (Vec<Served>, Vec<SessionId>) {
+/// Attaches these on a few threads, and returns those that are served after a while. One that waits
+/// for its storage holds up nothing but its thread; one that fails is tried again on another.
+fn attach_all(server: &Arc<Server>, requests: VecDeque<AttachRequest>) -> Vec<Served> {
     let count = requests.len();
     let queue = Arc::new(Mutex::new(requests));
     let (sender, results) = crossbeam::channel::unbounded();
@@ -256,41 +267,42 @@ fn attach_all(
             while let Some(request) = next(&queue) {
                 let id = request.region.params().session;
                 let volume = volume_of(&request);
-                let result = match server.attach_stored(request) {
-                    Ok(_) => Ok((id, volume, monotonic_ns())),
+                let served = match server.attach_stored(request) {
+                    Ok(_) => Some((id, volume, monotonic_ns())),
                     Err(error) => {
                         tracing::warn!(session = %id, %error, "session waits");
-                        Err(id)
+                        // Here, and not by whoever reads the results: nobody may read this one.
+                        let again = server.clone();
+                        server.jobs.spawn(move || again.resume_stored(id));
+                        None
                     }
                 };
-                if let Err(late) = sender.send(result)
-                    && let Err(id) = late.into_inner()
-                {
-                    // Nobody waits any more.
-                    server.resume_stored(id);
-                }
+                let _ = sender.send(served);
             }
         });
     };
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut threads = std::thread::available_parallelism().map_or(1, usize::from);
     (0..threads.min(count)).for_each(|_| spawn());
     let deadline = Instant::now() + RESUME_TIME_MAX;
-    let (mut served, mut again) = (Vec::with_capacity(count), Vec::new());
-    while served.len() + again.len() < count && Instant::now() < deadline {
+    let (mut served, mut heard) = (Vec::with_capacity(count), 0);
+    while heard < count && Instant::now() < deadline {
         match results.recv_timeout(PATIENCE) {
-            Ok(Ok(one)) => served.push(one),
-            Ok(Err(id)) => again.push(id),
+            Ok(one) => {
+                heard += 1;
+                served.extend(one);
+            }
             Err(RecvTimeoutError::Timeout) => {
-                if !queue.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
-                    spawn();
-                }
+                let left = queue.lock().unwrap_or_else(PoisonError::into_inner).len();
+                // Twice as many each time: they hold up those behind them for a few times that.
+                (0..threads.min(left)).for_each(|_| spawn());
+                threads *= 2;
             }
             Err(RecvTimeoutError::Disconnected) => break,
         }
     }
     let rest = std::mem::take(&mut *queue.lock().unwrap_or_else(PoisonError::into_inner));
     server.resume_all(rest.into());
-    (served, again)
+    served
 }
 
 #[cfg(test)]

@@ -44,7 +44,7 @@ use crate::{
     PreparedVolume, Request, Volume, VolumeSpec,
 };
 use open_file::{OpenFile, OpenOptionsOfBackend, system_error};
-use own::Examined;
+use own::{Examined, Seen};
 use system::Kind;
 pub(crate) use task::Task;
 
@@ -149,7 +149,7 @@ impl FileBackend {
         &self,
         spec: &VolumeSpec,
         context: &OpenContext,
-        prepared: Option<Examined>,
+        prepared: Option<Seen>,
     ) -> Result<Opened, BackendError> {
         *self.store.lock().unwrap_or_else(PoisonError::into_inner) = Some(context.store.clone());
         let options = OpenOptionsOfBackend {
@@ -243,7 +243,8 @@ impl Backend for FileBackend {
         self.open_with(spec, context, None)
     }
 
-    /// Opens the file and reads a block of it. The lock is taken later, on this very description.
+    /// Opens the file, reads a block of it, and closes it: kept open, it would keep a deleted image's
+    /// blocks, a device or a mount, and owe again each error that its owner was told of meanwhile.
     fn prepare(
         &self,
         spec: &VolumeSpec,
@@ -255,7 +256,8 @@ impl Backend for FileBackend {
         usable_size(spec, &examined.file, examined.kind)?;
         examined.witnesses = witness::known(&*context.store, spec.name.name(), examined.identity);
         let block_size = spec.block_size;
-        Ok(Box::new(Prepared { backend: self.clone(), path, block_size, examined }))
+        let seen = examined.into();
+        Ok(Box::new(Prepared { backend: self.clone(), path, block_size, seen }))
     }
 }
 
@@ -264,7 +266,7 @@ struct Prepared {
     backend: FileBackend,
     path: PathBuf,
     block_size: u32,
-    examined: Examined,
+    seen: Seen,
 }
 
 impl PreparedVolume for Prepared {
@@ -273,10 +275,10 @@ impl PreparedVolume for Prepared {
         spec: &VolumeSpec,
         context: &OpenContext,
     ) -> Result<Opened, BackendError> {
-        let Prepared { backend, path, block_size, examined } = *self;
+        let Prepared { backend, path, block_size, seen } = *self;
         // Otherwise it is another volume of this name.
         let same = path == backend.path(spec) && block_size == spec.block_size;
-        backend.open_with(spec, context, same.then_some(examined))
+        backend.open_with(spec, context, same.then_some(seen))
     }
 }
 

@@ -206,6 +206,41 @@ fn an_error_between_the_two_is_not_lost() {
     shard.flush(&*volume).unwrap();
 }
 
+/// A standby looked at the file long ago. Meanwhile a flush failed, was reported, was mended, and the
+/// witnesses were renewed: the error is history, and a cold successor would know nothing of it.
+#[test]
+fn an_error_that_was_told_since_the_look_is_not_told_again() {
+    let Some(mount) = Mount::new(1 << 20, true) else { return };
+    let buffered = FileConfig { direct: false, ..FileConfig::new("/nonexistent") };
+    let [old, new] = [0, 1].map(|_| FileBackend::new(buffered.clone()).unwrap());
+    let spec = VolumeSpec { path: Some(mount.file()), ..spec("file:v", 1 << 20, 4096) };
+    let store = TestStore::new();
+    let owner = old.open(&spec, &context(store.clone(), None, 1)).unwrap().volume;
+    let before = store.names("w.");
+    let prepared = new.prepare(&spec, &look(&store)).unwrap();
+    let mut shard = Shard::new();
+    mount.control.state().write_error = Some(libc::EIO);
+    write(&mut shard, &*owner, 0, 1).unwrap();
+    shard.flush(&*owner).unwrap_err();
+    mount.control.state().write_error = None;
+    // Published.
+    (0..3).for_each(|_| shard.lane.drain(&mut Vec::new()));
+    write(&mut shard, &*owner, 0, 1).unwrap();
+    for _ in 0..10_000 {
+        shard.flush(&*owner).unwrap();
+        let names = store.names("w.");
+        if !names.is_empty() && names.iter().all(|name| !before.contains(name)) {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(store.names("w.").iter().all(|name| !before.contains(name)), "renewed");
+    // As the owner's process ends: nothing of the volume is written or synced.
+    owner.relinquish();
+    let volume = take_over(prepared, &spec, &store).unwrap().volume;
+    shard.flush(&*volume).unwrap();
+}
+
 #[test]
 fn memory_is_prepared_without_touching_it() {
     let store = TestStore::new();

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nebd_abi::control::AttachFlags;
 use nebd_abi::layout::{ServerState, SessionId};
-use nebd_abi::region::{Region, RegionError};
+use nebd_abi::region::{Region, RegionError, SharedMemory};
 use nebd_abi::ring::{Request, ServerQueue};
 use nebd_abi::{Epoch, Errno, VolumeName};
 use nebd_backend::{BackendError, FdStore, OpenContext};
@@ -447,10 +447,7 @@ impl Server {
 
     /// Tries again to start a stored session, until it is served.
     pub(crate) fn resume_stored(&self, id: SessionId) {
-        match self.stored_request(id) {
-            Ok(request) => self.resume(request),
-            Err(error) => tracing::error!(session = %id, %error, "a session is lost"),
-        }
+        self.persist(id, Err(AttachError::Starting(id)));
     }
 
     /// Starts the sessions that have their places, each on a thread of its own.
@@ -481,9 +478,14 @@ impl Server {
     /// Starts one stored session; waits as long as its storage does not answer.
     fn resume(&self, request: AttachRequest) {
         let id = request.region.params().session;
+        let attached = self.attach_stored(request);
+        self.persist(id, attached);
+    }
+
+    /// Until it is served, or can never be. The gate is not held over the pauses: storage that is
+    /// away holds up no planned takeover.
+    fn persist(&self, id: SessionId, mut attached: Result<Arc<Session>, AttachError>) {
         let mut pause = Duration::from_millis(1);
-        // The gate is not held over the pauses: storage that is away holds up no planned takeover.
-        let mut attached = self.attach_stored(request);
         while let Err(error) = attached {
             if !error.is_transient() {
                 tracing::error!(session = %id, %error, "session cannot be resumed");
@@ -510,6 +512,13 @@ impl Server {
         let fetch = |what: &str| self.store.fetch(&Session::store_name(id, what));
         let region = fetch("region").ok_or(StoredError::Missing("region"))?;
         let region = Arc::new(Region::open(region)?);
+        // From now on: a crash before the session is served is a crash all the same.
+        let keep_out_of_dumps = |memory: &SharedMemory| {
+            if let Err(error) = memory.advise(Advice::LinuxDontDump) {
+                tracing::warn!(session = %id, %error, "memory will be part of core dumps");
+            }
+        };
+        keep_out_of_dumps(region.memory());
         let ledger = Ledger::open(fetch("ledger").ok_or(StoredError::Missing("ledger"))?)?;
         let doorbells = |kind: &'static str| -> Result<Vec<OwnedFd>, StoredError> {
             let queues = 0..region.geometry().queue_count;
@@ -528,6 +537,7 @@ impl Server {
             if let (Some(number), Some(fd)) = (number, self.store.fetch(&name)) {
                 let uid = ledger.attachment().client_uid;
                 let memory = self.memory_quota.map_again(fd, uid)?;
+                keep_out_of_dumps(&memory);
                 set_memory(&mut memories, number, Some(Arc::new(memory)));
             }
         }

@@ -174,6 +174,9 @@ impl<'a> Candidate<'a> {
     /// The point of no return, and what follows at once.
     fn claim(mut self, frozen: Frozen) -> Result<(), CandidateError> {
         let begin = monotonic_ns();
+        // The owner's gate is closed only now. What was resized, made or limited since PREPARE looked
+        // would be unknown for good; a failure is a reason to stay with the owner.
+        self.assembly.server.registry.reload().map_err(|error| Box::new(error.into()))?;
         crate::failpoint!("candidate-before-claim");
         let Some(generation) = self.assembly.host().claim(self.hello.generation) else {
             tracing::info!("another server has taken over; this one is not needed");

@@ -14,7 +14,7 @@ use nebd_abi::VolumeName;
 use rustix::fs::{FallocateFlags, FlockOperation, OFlags};
 
 use super::buffer;
-use super::own::{Examined, open_locked};
+use super::own::{Examined, Seen, open_locked};
 use super::pool::Pool;
 use super::syncs::Syncs;
 use super::system::{self, Identity, Kind};
@@ -49,27 +49,21 @@ pub(super) struct OpenOptionsOfBackend {
 }
 
 impl OpenFile {
-    /// Opens and locks; blocks until the file is ours. What an observer opened before is used if it
-    /// is the file still.
+    /// Opens and locks; blocks until the file is ours. What an observer saw before is used if it is
+    /// the file still.
     pub(super) fn open(
         name: &VolumeName,
         path: PathBuf,
         block_size: u32,
         options: OpenOptionsOfBackend,
         context: &OpenContext,
-        prepared: Option<Examined>,
+        prepared: Option<Seen>,
     ) -> Result<Arc<OpenFile>, BackendError> {
-        let prepared = match prepared {
-            Some(examined) => examined.lock(name, &path, context)?,
-            None => None,
-        };
-        let examined = match prepared {
-            Some(examined) => examined,
-            None => {
-                let (file, direct) = open_locked(name, &path, options.direct, context)?;
-                Examined::new(name, file, direct, block_size)?
-            }
-        };
+        let (file, direct) = open_locked(name, &path, options.direct, context)?;
+        let mut examined = Examined::new(name, file, direct, block_size)?;
+        if let Some(seen) = prepared.filter(|seen| seen.identity == examined.identity) {
+            examined.witnesses = seen.witnesses;
+        }
         let Examined { file, kind, identity, alignment, is_direct, witnesses } = examined;
         let syncs = open_syncs(name, path, identity, &witnesses, context)?;
         Ok(Arc::new(OpenFile {

@@ -1,10 +1,8 @@
 //! Becoming a file's owner, and looking at it before.
 //!
 //! ```text
-//!   first open, crash      open ─► lock (wait) ─► still at its path? ─► examine ─► owner
-//!   planned takeover       open ─► examine ─► read a block      the predecessor owns it
-//!                            └───► lock (wait) ─► still at its path? ─► owner
-//!                                                   └ no: as a first open
+//!   becoming it          open ─► lock (wait) ─► still at its path? ─► examine ─► owner
+//!   looking, before       open ─► examine ─► read a block ─► close    the predecessor owns it
 //! ```
 
 use std::fs::{File, OpenOptions};
@@ -108,20 +106,17 @@ impl Examined {
         self.is_direct = false;
         Ok(())
     }
+}
 
-    /// Becomes the owner of a file that was observed; waits as [`open_locked`] does. `None` if it is
-    /// to be opened anew: it is a device, or no longer what lies at its path.
-    pub(super) fn lock(
-        self,
-        name: &VolumeName,
-        path: &Path,
-        context: &OpenContext,
-    ) -> Result<Option<Examined>, BackendError> {
-        if self.kind != Kind::Regular {
-            return Ok(None);
-        }
-        lock(name, &self.file, &mut Wait::new(name, context.previous_major.is_some()))?;
-        Ok(is_at(name, path, &self.file)?.then_some(self))
+/// What is known of a file that was observed, and is not open any more.
+pub(super) struct Seen {
+    pub(super) identity: Identity,
+    pub(super) witnesses: Vec<String>,
+}
+
+impl From<Examined> for Seen {
+    fn from(examined: Examined) -> Seen {
+        Seen { identity: examined.identity, witnesses: examined.witnesses }
     }
 }
 
