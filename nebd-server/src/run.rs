@@ -126,6 +126,12 @@ impl Heir {
         lock: Option<OwnedFd>,
     ) -> Result<Heir, RunError> {
         let predecessor = inherited.predecessor.take();
+        if let Some(predecessor) =
+            predecessor.as_ref().filter(|_| inherited.client.is_none() || inherited.admin.is_none())
+        {
+            // It may listen where this one is to.
+            confirm_death(predecessor).map_err(system("confirm the predecessor's death"))?;
+        }
         let ingredients = Ingredients::of(config, host, inherited, lock)?;
         let assembly = assemble(config, ingredients)?;
         Ok(Heir { assembly, predecessor, sessions: HashMap::new() })

@@ -15,7 +15,6 @@ use std::collections::{BTreeSet, HashMap};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
 use nebd_abi::VolumeName;
 use nebd_abi::host::HostPage;
@@ -60,8 +59,6 @@ pub struct Server {
     pub volumes: VolumeTable,
     /// Where notices to the control thread go.
     pub notices: crate::control::NoticeSink,
-    /// When it started.
-    pub started: Instant,
     sessions: Mutex<HashMap<SessionId, Entry>>,
     /// The connections that speak for sessions; a successor gets them.
     speakers: Mutex<HashMap<SessionId, Arc<OwnedFd>>>,
@@ -114,7 +111,6 @@ impl Server {
             memory_quota: parts.memory_quota,
             jobs: Jobs::default(),
             volumes: VolumeTable::default(),
-            started: Instant::now(),
             sessions: Mutex::default(),
             speakers: Mutex::default(),
             next_shard: AtomicUsize::new(0),

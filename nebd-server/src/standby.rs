@@ -41,7 +41,7 @@ pub(crate) fn stand_by(
         }
     };
     let assembly = assemble(config, Ingredients::of(config, host, inherited, None)?)?;
-    let preparation = Arc::new(Preparation::new(assembly.server.clone()));
+    let preparation = Preparation::new(assembly.server.clone());
     if !is_wanted {
         let store = &assembly.server.store;
         let changed = start_preparing(preparation.clone())?;
@@ -72,8 +72,7 @@ pub(crate) fn stand_by(
     Ok(Some(Heir { assembly, predecessor, sessions }))
 }
 
-/// Prepares on a thread of its own: storage may take its time, or not answer at all, and the order
-/// to take over must be heard all the same.
+/// Prepares on a thread of its own: the order to take over must be heard meanwhile.
 fn start_preparing(preparation: Arc<Preparation>) -> Result<Sender<()>, RunError> {
     let (sender, receiver) = bounded(1);
     // What is there already.
@@ -86,13 +85,9 @@ fn start_preparing(preparation: Arc<Preparation>) -> Result<Sender<()>, RunError
     Ok(sender)
 }
 
-fn follow(changes: &Receiver<()>, preparation: &Preparation) {
+fn follow(changes: &Receiver<()>, preparation: &Arc<Preparation>) {
     while changes.recv().is_ok() {
         std::thread::sleep(SETTLE);
-        let progress = preparation.update();
-        for (name, error) in &progress.failures {
-            tracing::debug!(name, error, "cannot be prepared; it will take longer");
-        }
-        tracing::debug!(sessions = progress.sessions, volumes = progress.volumes, "prepared");
+        preparation.begin_update();
     }
 }

@@ -8,9 +8,8 @@
 //!                                      resume: locks taken, rings looked at, queues given to shards
 //! ```
 
-use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::RecvTimeoutError;
@@ -33,6 +32,8 @@ const RESUME_TIME_MAX: Duration = Duration::from_millis(500);
 pub(crate) struct Preparation {
     server: Arc<Server>,
     state: Mutex<State>,
+    /// No volume is being opened.
+    opened: Condvar,
 }
 
 #[derive(Default)]
@@ -41,6 +42,13 @@ struct State {
     /// Sessions whose descriptors changed since they were mapped.
     changed: HashSet<SessionId>,
     volumes: BTreeSet<VolumeName>,
+    /// Volumes that are being opened, or are to be, and whether they are wanted still.
+    opening: BTreeMap<VolumeName, bool>,
+    queue: VecDeque<VolumeName>,
+    /// Threads that open volumes.
+    workers: usize,
+    /// See [`Progress`].
+    failures: Vec<(String, String)>,
     /// The time of preparing is over.
     is_taken: bool,
 }
@@ -59,16 +67,16 @@ type Opening = Result<Box<dyn PreparedVolume>, String>;
 
 impl Preparation {
     /// Nothing is prepared yet.
-    pub(crate) fn new(server: Arc<Server>) -> Preparation {
-        Preparation { server, state: Mutex::default() }
+    pub(crate) fn new(server: Arc<Server>) -> Arc<Preparation> {
+        Arc::new(Preparation { server, state: Mutex::default(), opened: Condvar::new() })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The store holds something else since a moment, or nothing, under this name. What was mapped is let go at
-    /// once: it may be of a session that has ended.
+    /// The store holds something else since a moment, or nothing, under this name. What was mapped
+    /// is let go at once: it may be of a session that has ended.
     pub(crate) fn note_change(&self, name: &str) {
         let Some(id) = Session::of_store_name(name) else {
             // The memory of a volume: a mapping of another would keep that one from being freed.
@@ -77,6 +85,7 @@ impl Preparation {
             let Some(volume): Option<VolumeName> = volume else { return };
             let mut state = self.state();
             state.volumes.remove(&volume);
+            state.opening.entry(volume.clone()).and_modify(|is_wanted| *is_wanted = false);
             let mapped = self.server.prepared().remove(&volume);
             drop(state);
             drop(mapped);
@@ -91,31 +100,41 @@ impl Preparation {
 
     /// Maps the sessions and opens the volumes that are not yet, and lets go of those that are
     /// needed no longer. Waits as long as their storage does.
-    pub(crate) fn update(&self) -> Progress {
-        let mut failures = Vec::new();
+    pub(crate) fn update(self: &Arc<Self>) -> Progress {
+        self.begin_update();
+        let mut state = self
+            .opened
+            .wait_while(self.state(), |state| !state.opening.is_empty())
+            .unwrap_or_else(PoisonError::into_inner);
+        let failures = std::mem::take(&mut state.failures);
+        Progress { volumes: state.volumes.len(), sessions: state.sessions.len(), failures }
+    }
+
+    /// The same, but for the waiting: volumes whose storage does not answer hold up no others.
+    pub(crate) fn begin_update(self: &Arc<Self>) {
         if self.state().is_taken {
             // A server that serves knows its registry, and has mapped its sessions.
-            return Progress::default();
+            return;
         }
+        let mut failures = Vec::new();
         if let Err(error) = self.server.registry.reload() {
             failures.push((String::new(), error.to_string()));
         }
         self.map_sessions(&mut failures);
-        let wanted = self.sort_volumes();
-        for (name, result) in self.open_all(&wanted) {
-            match result {
-                Ok(volume) => {
-                    let mut state = self.state();
-                    if !state.is_taken {
-                        state.volumes.insert(name.clone());
-                        self.server.prepared().insert(name, volume);
-                    }
-                }
-                Err(error) => failures.push((name.to_string(), error)),
-            }
+        let missing = self.sort_volumes();
+        let mut state = self.state();
+        state.failures = failures;
+        for name in missing {
+            state.opening.insert(name.clone(), true);
+            state.queue.push_back(name);
         }
-        let state = self.state();
-        Progress { volumes: state.volumes.len(), sessions: state.sessions.len(), failures }
+        let workers = state.queue.len().min(PREPARE_THREADS_MAX - state.workers);
+        state.workers += workers;
+        drop(state);
+        for _ in 0..workers {
+            let this = self.clone();
+            self.server.jobs.spawn(move || this.open_queued());
+        }
     }
 
     fn map_sessions(&self, failures: &mut Vec<(String, String)>) {
@@ -143,49 +162,67 @@ impl Preparation {
     }
 
     /// Forgets the volumes that no session has any more; returns those to be opened.
-    fn sort_volumes(&self) -> BTreeSet<VolumeName> {
+    fn sort_volumes(&self) -> Vec<VolumeName> {
         let mut state = self.state();
         if state.is_taken {
-            return BTreeSet::new();
+            return Vec::new();
         }
         let wanted: BTreeSet<VolumeName> = state.sessions.values().map(volume_of).collect();
-        let State { volumes, .. } = &mut *state;
+        let State { volumes, opening, .. } = &mut *state;
+        let unwanted: Vec<_> = volumes.difference(&wanted).cloned().collect();
+        unwanted.iter().for_each(|name| _ = volumes.remove(name));
+        opening.iter_mut().for_each(|(name, is_wanted)| *is_wanted &= wanted.contains(name));
         let mut prepared = self.server.prepared();
-        let unwanted: Vec<_> = volumes.extract_if(.., |name| !wanted.contains(name)).collect();
         let closed: Vec<_> = unwanted.iter().filter_map(|name| prepared.remove(name)).collect();
         drop(prepared);
-        let missing = wanted.into_iter().filter(|name| !volumes.contains(name)).collect();
+        let is_missing = |name: &VolumeName| !volumes.contains(name) && !opening.contains_key(name);
+        let missing = wanted.into_iter().filter(is_missing).collect();
         drop(state);
         drop(closed);
         missing
     }
 
-    /// Opens volumes as an observer, several at a time.
-    fn open_all(&self, wanted: &BTreeSet<VolumeName>) -> Vec<(VolumeName, Opening)> {
+    /// Opens volumes as an observer for as long as there are any.
+    fn open_queued(&self) {
+        loop {
+            let name = {
+                let mut state = self.state();
+                let Some(name) = state.queue.pop_front() else {
+                    state.workers -= 1;
+                    return;
+                };
+                name
+            };
+            let result = self.open(&name);
+            let mut state = self.state();
+            // What it was opened for may be gone, or another volume by now.
+            let is_wanted = state.opening.remove(&name) == Some(true) && !state.is_taken;
+            let unwanted = match result {
+                Ok(volume) if is_wanted => {
+                    state.volumes.insert(name.clone());
+                    self.server.prepared().insert(name, volume)
+                }
+                Ok(volume) => Some(volume),
+                Err(error) => {
+                    tracing::debug!(volume = %name, error, "cannot be prepared");
+                    state.failures.push((name.to_string(), error));
+                    None
+                }
+            };
+            if state.opening.is_empty() {
+                self.opened.notify_all();
+            }
+            drop(state);
+            drop(unwanted);
+        }
+    }
+
+    fn open(&self, name: &VolumeName) -> Opening {
         let server = &self.server;
-        let names: Vec<&VolumeName> = wanted.iter().collect();
-        let next = AtomicUsize::new(0);
-        let opened = Mutex::new(Vec::with_capacity(names.len()));
-        let open = |name: &VolumeName| {
-            let record = server.registry.record(name).ok_or("it is not in the registry")?;
-            let backend = server.backend(name).ok_or("this binary has no such backend")?;
-            let context = PrepareContext { store: server.store.clone() };
-            backend.prepare(&record.spec(name), &context).map_err(|error| error.to_string())
-        };
-        let work = || {
-            while let Some(name) = names.get(next.fetch_add(1, Relaxed)) {
-                let result = open(name);
-                let mut opened = opened.lock().unwrap_or_else(PoisonError::into_inner);
-                opened.push(((*name).clone(), result));
-            }
-        };
-        std::thread::scope(|scope| {
-            for _ in 1..names.len().min(PREPARE_THREADS_MAX) {
-                scope.spawn(work);
-            }
-            work();
-        });
-        opened.into_inner().unwrap_or_else(PoisonError::into_inner)
+        let record = server.registry.record(name).ok_or("it is not in the registry")?;
+        let backend = server.backend(name).ok_or("this binary has no such backend")?;
+        let context = PrepareContext { store: server.store.clone() };
+        backend.prepare(&record.spec(name), &context).map_err(|error| error.to_string())
     }
 
     /// Ends the time of preparing: the sessions that are mapped, as the store has them.

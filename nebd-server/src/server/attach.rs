@@ -534,18 +534,23 @@ impl Server {
         let mut memories = Memories::new();
         for name in self.store.names(&Session::store_name(id, "mem")) {
             let number = name.rsplit("mem").next().and_then(|number| number.parse().ok());
-            if let (Some(number), Some(fd)) = (number, self.store.fetch(&name)) {
+            if let Some(number) = number {
+                let fd = self.store.fetch(&name).ok_or(StoredError::OutOfReach("memory"))?;
                 let uid = ledger.attachment().client_uid;
                 let memory = self.memory_quota.map_again(fd, uid)?;
                 keep_out_of_dumps(&memory);
                 set_memory(&mut memories, number, Some(Arc::new(memory)));
             }
         }
+        let peer = fetch("peer");
+        if peer.is_none() && self.store.holds(&Session::store_name(id, "peer")) {
+            return Err(StoredError::OutOfReach("peer"));
+        }
         Ok(AttachRequest {
             origin: Origin::Store,
             kicks: doorbells("kick")?,
             calls: doorbells("call")?,
-            peer: fetch("peer"),
+            peer,
             attachment: ledger.attachment(),
             ledger: Some(ledger),
             memories,
@@ -572,6 +577,9 @@ struct Verdicts {
 pub(crate) enum StoredError {
     #[error("its {0} is missing")]
     Missing(&'static str),
+    /// It is there, and no descriptor is free.
+    #[error("its {0} is out of reach")]
+    OutOfReach(&'static str),
     #[error(transparent)]
     Region(#[from] RegionError),
 }

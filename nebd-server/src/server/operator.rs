@@ -369,6 +369,7 @@ impl AdminApi for Server {
                 Ok(()) | Err(BackendError::NotFound(_)) => {}
                 Err(error) => return Err(error.into()),
             }
+            self.prepared().remove(&name);
             crate::failpoint!("delete-before-record");
             self.registry.remove(&name).map_err(registry_error(&name, "write"))?;
             crate::metrics::forget(&name);

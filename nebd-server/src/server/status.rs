@@ -116,7 +116,7 @@ impl Server {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             generation: self.tenure.generation().0,
-            uptime_ms: self.started.elapsed().as_millis() as u64,
+            uptime_ms: self.tenure.duration().as_millis() as u64,
             file_engine: self.file_engine.clone(),
             fd_store: self.has_store(),
             sessions: sessions

@@ -91,7 +91,7 @@ struct Candidate<'a> {
     hello: Hello,
     owner: OwnedFd,
     assembly: Assembly,
-    preparation: Preparation,
+    preparation: Arc<Preparation>,
     /// Connections of clients.
     connections: Vec<(SessionId, OwnedFd)>,
 }
