@@ -13,6 +13,7 @@
 
 mod fair;
 mod freeze;
+mod hold;
 mod queue;
 mod ringer;
 mod spin;
@@ -38,6 +39,7 @@ use fair::{Fair, Share};
 use freeze::Frozen;
 pub(crate) use freeze::monotonic_ns;
 pub use freeze::{Freeze, FreezeEvent};
+pub use hold::Hold;
 use queue::{QueueTask, Served};
 use ringer::Ringer;
 use spin::Spin;
@@ -96,6 +98,8 @@ pub enum Command {
     LimitsChanged,
     /// Show a sign of life.
     Probe,
+    /// Wait for a while: more sessions are about to come.
+    Hold(Arc<Hold>),
     /// Give the queues up to a successor.
     Freeze(Freeze),
     /// There is no successor: serve on.
@@ -484,6 +488,7 @@ impl Shard {
                 }
                 self.frozen = Some(Frozen::new(freeze));
             }
+            Command::Hold(hold) => hold.wait(),
             Command::Thaw => self.thaw(),
             Command::Probe => self.context.host.pong(1 + self.index),
         }

@@ -19,7 +19,7 @@ use nebd_backend::{PrepareContext, PreparedVolume};
 
 use crate::server::{AttachRequest, Server};
 use crate::session::Session;
-use crate::shard::monotonic_ns;
+use crate::shard::{Hold, monotonic_ns};
 
 /// Volumes are opened in parallel: storage takes its time.
 const PREPARE_THREADS_MAX: usize = 16;
@@ -298,8 +298,10 @@ fn attach_all(server: &Arc<Server>, requests: VecDeque<AttachRequest>) -> Vec<Se
     let next = |queue: &Mutex<VecDeque<AttachRequest>>| {
         queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
     };
+    let hold = Hold::begin(&server.shards);
     let spawn = || {
         let (server, queue, sender) = (server.clone(), queue.clone(), sender.clone());
+        let hold = hold.clone();
         server.clone().jobs.spawn(move || {
             while let Some(request) = next(&queue) {
                 let id = request.region.params().session;
@@ -316,6 +318,8 @@ fn attach_all(server: &Arc<Server>, requests: VecDeque<AttachRequest>) -> Vec<Se
                 };
                 let _ = sender.send(served);
             }
+            // None is left, but for those that wait.
+            hold.end();
         });
     };
     let mut threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -337,6 +341,7 @@ fn attach_all(server: &Arc<Server>, requests: VecDeque<AttachRequest>) -> Vec<Se
             Err(RecvTimeoutError::Disconnected) => break,
         }
     }
+    hold.end();
     let rest = std::mem::take(&mut *queue.lock().unwrap_or_else(PoisonError::into_inner));
     server.resume_all(rest.into());
     served

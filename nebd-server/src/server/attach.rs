@@ -23,6 +23,9 @@ use crate::session::{Memories, Session, SessionParts, set_memory};
 use crate::shard::{Command, QueueSetup};
 use crate::volume::OpenVolume;
 
+/// Of a stored session's rings; more is mapped as it is touched.
+const POPULATED_BYTES_MAX: u64 = 1 << 20;
+
 /// Where an attach comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
@@ -385,10 +388,17 @@ impl Server {
         }
         self.quarantine().admit(verdicts.suspects);
         self.issue_suspect();
-        tracing::info!(
-            session = %session.id, volume = %volume.name, epoch = %volume.epoch,
-            reissued = session.reissued, "session served"
-        );
+        // One line for each of a thousand sessions would be a good part of a takeover.
+        if session.ledger.is_inherited() {
+            tracing::debug!(
+                session = %session.id, volume = %volume.name, epoch = %volume.epoch,
+                reissued = session.reissued, "session served"
+            );
+        } else {
+            tracing::info!(
+                session = %session.id, volume = %volume.name, epoch = %volume.epoch, "session served"
+            );
+        }
     }
 
     /// Holds back, or lets go, every session of a volume.
@@ -520,6 +530,10 @@ impl Server {
         };
         keep_out_of_dumps(region.memory());
         let ledger = Ledger::open(fetch("ledger").ok_or(StoredError::Missing("ledger"))?)?;
+        // Not page by page while guests wait. A failure costs time and nothing else. Pages that were
+        // holes are this process's: no more of them than honest clients have.
+        let _ = region.memory().populate(region.geometry().arena_offset().min(POPULATED_BYTES_MAX));
+        let _ = ledger.populate();
         let doorbells = |kind: &'static str| -> Result<Vec<OwnedFd>, StoredError> {
             let queues = 0..region.geometry().queue_count;
             queues

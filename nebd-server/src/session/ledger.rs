@@ -157,6 +157,11 @@ impl Ledger {
         self.is_inherited
     }
 
+    /// Maps its pages at once.
+    pub fn populate(&self) -> std::io::Result<()> {
+        self.memory.populate(self.memory.size())
+    }
+
     /// What is counted of the session.
     pub fn counters(&self) -> &Counters {
         &self.header().counters

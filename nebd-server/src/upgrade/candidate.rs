@@ -94,6 +94,8 @@ struct Candidate<'a> {
     preparation: Arc<Preparation>,
     /// Connections of clients.
     connections: Vec<(SessionId, OwnedFd)>,
+    /// The registry is the one that the owner left; an old owner does not tell when that is.
+    has_registry: bool,
 }
 
 impl<'a> Candidate<'a> {
@@ -121,9 +123,17 @@ impl<'a> Candidate<'a> {
         let assembly = collect(config, socket)?;
         crate::failpoint!("candidate-offer");
         let preparation = Preparation::new(assembly.server.clone());
-        let connections = Vec::new();
-        let candidate =
-            Candidate { config, socket, hello, owner, assembly, preparation, connections };
+        let (connections, has_registry) = (Vec::new(), false);
+        let candidate = Candidate {
+            config,
+            socket,
+            hello,
+            owner,
+            assembly,
+            preparation,
+            connections,
+            has_registry,
+        };
         candidate.follow()
     }
 
@@ -133,7 +143,10 @@ impl<'a> Candidate<'a> {
         loop {
             match receive(self.socket)? {
                 Message::Offer(offer) => self.take(offer),
-                Message::Connections(connections) => self.connections = connections,
+                Message::Connections(connections) => {
+                    self.connections = connections;
+                    self.reload_registry()?;
+                }
                 Message::Prepare => self.prepare()?,
                 Message::Frozen(frozen) => return self.claim(frozen),
                 Message::Dismissed(reason) => {
@@ -171,12 +184,20 @@ impl<'a> Candidate<'a> {
         Ok(())
     }
 
+    /// The owner's gate is closed only now. What was resized, made or limited since PREPARE looked
+    /// would be unknown for good; a failure is a reason to stay with the owner.
+    fn reload_registry(&mut self) -> Result<(), CandidateError> {
+        self.assembly.server.registry.reload().map_err(|error| Box::new(error.into()))?;
+        self.has_registry = true;
+        Ok(())
+    }
+
     /// The point of no return, and what follows at once.
     fn claim(mut self, frozen: Frozen) -> Result<(), CandidateError> {
         let begin = monotonic_ns();
-        // The owner's gate is closed only now. What was resized, made or limited since PREPARE looked
-        // would be unknown for good; a failure is a reason to stay with the owner.
-        self.assembly.server.registry.reload().map_err(|error| Box::new(error.into()))?;
+        if !self.has_registry {
+            self.reload_registry()?;
+        }
         crate::failpoint!("candidate-before-claim");
         let Some(generation) = self.assembly.host().claim(self.hello.generation) else {
             tracing::info!("another server has taken over; this one is not needed");
@@ -195,15 +216,15 @@ impl<'a> Candidate<'a> {
         crate::metrics::start(&*server.store, generation, planned);
         server.upgrades.report().adopt(&frozen.report, &state_dir, &self.hello.binary);
         let stored = server.stored_sessions();
-        // One that speaks for nothing is closed: its client comes back and says what it wants.
-        self.connections.retain(|(session, _)| stored.contains(session));
-        self.assembly.control.adopt(std::mem::take(&mut self.connections));
         self.await_release()?;
         server.upgrades.report().step("FENCE", begin, format!("generation {generation}"));
         let resume = monotonic_ns();
         let prepared = self.preparation.take();
         let served = Resumption::reserve(&server, prepared, &frozen.left).run();
         let blackouts = blackouts(&frozen.last_ns, &served);
+        // One that speaks for nothing is closed: its client comes back and says what it wants.
+        self.connections.retain(|(session, _)| stored.contains(session));
+        self.assembly.control.adopt(std::mem::take(&mut self.connections));
         crate::failpoint!("candidate-resumed");
         let _ = Message::Resumed.send(self.socket, Instant::now() + ANSWER_TIME_MAX);
         self.assembly.settle();

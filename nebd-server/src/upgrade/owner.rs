@@ -406,6 +406,9 @@ impl Owner<'_> {
             .map_err(|busy| failed("READY")(format!("still under way: {}", busy.join(", "))))?;
         // What came in between is prepared by the candidate after the claim.
         let last = self.offer_changes(Instant::now() + FENCE_TIME_MAX).map_err(failed("READY"))?;
+        // The candidate takes this as word that registry, sessions and connections stand still.
+        let deadline = Instant::now() + FENCE_TIME_MAX;
+        self.offer_connections(deadline).map_err(failed("READY"))?;
         if changed + last > 0 {
             let detail = format!("{} descriptors changed meanwhile", changed + last);
             self.server.upgrades.report().step("DELTA", begin, detail);
@@ -447,7 +450,6 @@ impl Owner<'_> {
             left: left.clone(),
             probation_ms: self.order.probation.as_millis() as u64,
         };
-        self.offer_connections(patience).map_err(failed("FREEZE"))?;
         Message::Frozen(frozen).send(self.socket()?, patience).map_err(failed("FREEZE"))?;
         Ok((left, events))
     }

@@ -121,6 +121,20 @@ impl SharedMemory {
         Ok(())
     }
 
+    /// Maps the pages of the first `length` bytes at once, so that nobody waits for them later.
+    pub fn populate(&self, length: u64) -> io::Result<()> {
+        let length = self.map.len().min(length as usize);
+        // SAFETY: the range is mapped, and to map its pages changes no contents.
+        unsafe {
+            rustix::mm::madvise(
+                self.as_ptr().cast(),
+                length,
+                rustix::mm::Advice::LinuxPopulateRead,
+            )?;
+        }
+        Ok(())
+    }
+
     /// A reference to a structure of atomics at `offset`.
     ///
     /// # Safety
