@@ -40,6 +40,13 @@ def binary(name):
     return path
 
 
+def set_limits():
+    """Core dumps, and as many descriptors as may be: a session of `file` takes some 20."""
+    resource.setrlimit(resource.RLIMIT_CORE, (CORE_BYTES, CORE_BYTES))
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 class Host:
     """A keeper with a warm standby, and volumes."""
 
@@ -54,12 +61,12 @@ class Host:
         self.keeper = subprocess.Popen(
             [binary("nebd-server"), "keeper", "--config", config, "--socket", self.socket,
              "--state-dir", self.state], stderr=self.log, cwd=self.directory,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (CORE_BYTES, CORE_BYTES)))
+            preexec_fn=set_limits)
         for _ in range(500):
             if os.path.exists(os.path.join(self.state, "server.pid")):
                 break
             time.sleep(0.02)
-        self.backend, self.sessions = backend, sessions
+        self.backend, self.sessions, self.client = backend, sessions, None
         for index in range(sessions):
             self.ctl("volume", "create", f"{backend}:v{index}", "--size", f"{VOLUME_MIB}MiB")
 
@@ -75,11 +82,12 @@ class Host:
             return int(file.read())
 
     def load(self, op, block_size, depth, seconds):
-        return subprocess.Popen(
+        self.client = subprocess.Popen(
             self.command("bench", "--volume", f"{self.backend}:v{{}}", "--sessions",
                          str(self.sessions), "--op", op, "--block-size", str(block_size),
                          "--iodepth", str(depth), "--queues", "1", "--seconds", str(seconds),
                          "--json"), stdout=subprocess.PIPE, text=True)
+        return self.client
 
     def run(self, kind, depth, seconds):
         load = self.load("randwrite", 4096, depth, seconds)
@@ -97,6 +105,10 @@ class Host:
         return result, steps
 
     def stop(self):
+        # Without a server it would wait for ever.
+        if self.client and self.client.poll() is None:
+            self.client.kill()
+            self.client.wait()
         self.keeper.terminate()
         self.keeper.wait()
         shutil.rmtree(self.directory, ignore_errors=True)
