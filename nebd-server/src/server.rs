@@ -164,6 +164,11 @@ impl Server {
         waiting.map(|entry| entry.volume.clone()).collect()
     }
 
+    /// Whether this session is served or about to be.
+    pub(crate) fn has_place(&self, id: SessionId) -> bool {
+        self.entries().contains_key(&id)
+    }
+
     /// How many sessions have a volume attached, or are attaching it.
     pub fn session_count(&self, volume: &VolumeName) -> u32 {
         self.entries().values().filter(|entry| entry.volume == *volume).count() as u32

@@ -121,8 +121,14 @@ impl Preparation {
             failures.push((String::new(), error.to_string()));
         }
         self.map_sessions(&mut failures);
+        for (name, error) in &failures {
+            tracing::debug!(name, error, "cannot be prepared");
+        }
         let missing = self.sort_volumes();
         let mut state = self.state();
+        if state.is_taken {
+            return;
+        }
         state.failures = failures;
         for name in missing {
             state.opening.insert(name.clone(), true);
@@ -197,6 +203,10 @@ impl Preparation {
             let mut state = self.state();
             // What it was opened for may be gone, or another volume by now.
             let is_wanted = state.opening.remove(&name) == Some(true) && !state.is_taken;
+            // Wanted again, meanwhile.
+            let has_session = |state: &State| state.sessions.values().any(|r| volume_of(r) == name);
+            let is_again = !is_wanted && !state.is_taken && has_session(&state);
+            let again = is_again.then(|| name.clone());
             let unwanted = match result {
                 Ok(volume) if is_wanted => {
                     state.volumes.insert(name.clone());
@@ -209,6 +219,10 @@ impl Preparation {
                     None
                 }
             };
+            if let Some(name) = again {
+                state.opening.insert(name.clone(), true);
+                state.queue.push_back(name);
+            }
             if state.opening.is_empty() {
                 self.opened.notify_all();
             }
@@ -229,6 +243,13 @@ impl Preparation {
     pub(crate) fn take(&self) -> HashMap<SessionId, AttachRequest> {
         let mut state = self.state();
         state.is_taken = true;
+        // What is not open yet is opened as it is needed.
+        for name in std::mem::take(&mut state.queue) {
+            state.opening.remove(&name);
+        }
+        if state.opening.is_empty() {
+            self.opened.notify_all();
+        }
         std::mem::take(&mut state.sessions)
     }
 }
@@ -342,6 +363,9 @@ fn attach_all(server: &Arc<Server>, requests: VecDeque<AttachRequest>) -> Vec<Se
         }
     }
     hold.end();
+    // They were known to their shards before, and served from then on.
+    let over_ns = hold.over_ns();
+    served.iter_mut().for_each(|(.., served_ns)| *served_ns = over_ns.max(*served_ns));
     let rest = std::mem::take(&mut *queue.lock().unwrap_or_else(PoisonError::into_inner));
     server.resume_all(rest.into());
     served

@@ -131,6 +131,8 @@ impl Hostile {
     fn attach(server: &Path, volume: &str, dice: &mut Dice) -> Hostile {
         let mut session = SessionId([0; 16]);
         session.0[..8].copy_from_slice(&dice.bits().to_le_bytes());
+        // The session of a process before this one, with the same dice, may not have ended yet.
+        session.0[8..12].copy_from_slice(&std::process::id().to_le_bytes());
         let params = RegionParams {
             version: LayoutVersion::CURRENT,
             session,

@@ -519,8 +519,15 @@ impl Server {
 
     /// What makes a stored session, mapped.
     pub(crate) fn stored_request(&self, id: SessionId) -> Result<AttachRequest, StoredError> {
-        let fetch = |what: &str| self.store.fetch(&Session::store_name(id, what));
-        let region = fetch("region").ok_or(StoredError::Missing("region"))?;
+        let fetch = |what: &'static str, name: &str| {
+            let name = Session::store_name(id, name);
+            let fd = self.store.fetch(&name);
+            fd.ok_or_else(|| match self.store.holds(&name) {
+                true => StoredError::OutOfReach(what),
+                false => StoredError::Missing(what),
+            })
+        };
+        let region = fetch("region", "region")?;
         let region = Arc::new(Region::open(region)?);
         // From now on: a crash before the session is served is a crash all the same.
         let keep_out_of_dumps = |memory: &SharedMemory| {
@@ -529,7 +536,7 @@ impl Server {
             }
         };
         keep_out_of_dumps(region.memory());
-        let ledger = Ledger::open(fetch("ledger").ok_or(StoredError::Missing("ledger"))?)?;
+        let ledger = Ledger::open(fetch("ledger", "ledger")?)?;
         // Not page by page while guests wait. A failure costs time and nothing else. Pages that were
         // holes are this process's: no more of them than honest clients have.
         let _ = region.memory().populate(region.geometry().arena_offset().min(POPULATED_BYTES_MAX));
@@ -538,8 +545,7 @@ impl Server {
             let queues = 0..region.geometry().queue_count;
             queues
                 .map(|k| {
-                    let doorbell =
-                        fetch(&format!("{kind}{k}")).ok_or(StoredError::Missing(kind))?;
+                    let doorbell = fetch(kind, &format!("{kind}{k}"))?;
                     set_nonblocking(&doorbell).map_err(|_| StoredError::Missing(kind))?;
                     Ok(doorbell)
                 })
@@ -556,10 +562,10 @@ impl Server {
                 set_memory(&mut memories, number, Some(Arc::new(memory)));
             }
         }
-        let peer = fetch("peer");
-        if peer.is_none() && self.store.holds(&Session::store_name(id, "peer")) {
-            return Err(StoredError::OutOfReach("peer"));
-        }
+        let peer = match fetch("peer", "peer") {
+            Err(StoredError::Missing(_)) => None,
+            peer => Some(peer?),
+        };
         Ok(AttachRequest {
             origin: Origin::Store,
             kicks: doorbells("kick")?,

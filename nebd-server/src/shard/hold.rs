@@ -4,34 +4,48 @@
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::{Command, ShardHandle};
+use super::{Command, ShardHandle, monotonic_ns};
 
 /// Some sessions may take long; the others do not wait longer than this for them.
 const HOLD_TIME_MAX: Duration = Duration::from_millis(10);
 
 /// What shards that serve nothing yet wait for.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Hold {
-    is_over: Mutex<bool>,
-    over: Condvar,
+    begin_ns: u64,
+    /// When it was ended.
+    end_ns: Mutex<Option<u64>>,
+    ended: Condvar,
 }
 
 impl Hold {
     /// Whatever these are told from now on waits.
     pub fn begin(shards: &[ShardHandle]) -> Arc<Hold> {
-        let hold = Arc::<Hold>::default();
+        let hold = Arc::new(Hold {
+            begin_ns: monotonic_ns(),
+            end_ns: Mutex::default(),
+            ended: Condvar::new(),
+        });
         shards.iter().for_each(|shard| shard.send(Command::Hold(hold.clone())));
         hold
     }
 
     /// They need not wait any longer.
     pub fn end(&self) {
-        *self.is_over.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.over.notify_all();
+        let mut end_ns = self.end_ns.lock().unwrap_or_else(PoisonError::into_inner);
+        end_ns.get_or_insert_with(monotonic_ns);
+        self.ended.notify_all();
+    }
+
+    /// Since when nobody waits any more (`CLOCK_MONOTONIC`), if it has been ended.
+    pub fn over_ns(&self) -> u64 {
+        let end_ns = *self.end_ns.lock().unwrap_or_else(PoisonError::into_inner);
+        let latest_ns = self.begin_ns + HOLD_TIME_MAX.as_nanos() as u64;
+        end_ns.map_or(latest_ns, |end_ns| end_ns.min(latest_ns))
     }
 
     pub(super) fn wait(&self) {
-        let is_over = self.is_over.lock().unwrap_or_else(PoisonError::into_inner);
-        let _ = self.over.wait_timeout_while(is_over, HOLD_TIME_MAX, |is_over| !*is_over);
+        let end_ns = self.end_ns.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = self.ended.wait_timeout_while(end_ns, HOLD_TIME_MAX, |end_ns| end_ns.is_none());
     }
 }

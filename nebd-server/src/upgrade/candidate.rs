@@ -94,7 +94,10 @@ struct Candidate<'a> {
     preparation: Arc<Preparation>,
     /// Connections of clients.
     connections: Vec<(SessionId, OwnedFd)>,
-    /// The registry is the one that the owner left; an old owner does not tell when that is.
+    /// The owner has said that its control plane stands still. An old one does not say so, or says
+    /// it last of all.
+    is_gate_closed: bool,
+    /// The registry was read since then.
     has_registry: bool,
 }
 
@@ -123,7 +126,6 @@ impl<'a> Candidate<'a> {
         let assembly = collect(config, socket)?;
         crate::failpoint!("candidate-offer");
         let preparation = Preparation::new(assembly.server.clone());
-        let (connections, has_registry) = (Vec::new(), false);
         let candidate = Candidate {
             config,
             socket,
@@ -131,8 +133,9 @@ impl<'a> Candidate<'a> {
             owner,
             assembly,
             preparation,
-            connections,
-            has_registry,
+            connections: Vec::new(),
+            is_gate_closed: false,
+            has_registry: false,
         };
         candidate.follow()
     }
@@ -145,9 +148,12 @@ impl<'a> Candidate<'a> {
                 Message::Offer(offer) => self.take(offer),
                 Message::Connections(connections) => {
                     self.connections = connections;
-                    self.reload_registry()?;
+                    self.is_gate_closed = true;
                 }
-                Message::Prepare => self.prepare()?,
+                Message::Prepare => {
+                    self.prepare()?;
+                    self.has_registry = self.is_gate_closed;
+                }
                 Message::Frozen(frozen) => return self.claim(frozen),
                 Message::Dismissed(reason) => {
                     tracing::info!(reason, "this candidate is not needed");
@@ -184,19 +190,13 @@ impl<'a> Candidate<'a> {
         Ok(())
     }
 
-    /// The owner's gate is closed only now. What was resized, made or limited since PREPARE looked
-    /// would be unknown for good; a failure is a reason to stay with the owner.
-    fn reload_registry(&mut self) -> Result<(), CandidateError> {
-        self.assembly.server.registry.reload().map_err(|error| Box::new(error.into()))?;
-        self.has_registry = true;
-        Ok(())
-    }
-
     /// The point of no return, and what follows at once.
     fn claim(mut self, frozen: Frozen) -> Result<(), CandidateError> {
         let begin = monotonic_ns();
         if !self.has_registry {
-            self.reload_registry()?;
+            // What was resized, made or limited since PREPARE looked would be unknown for good; a
+            // failure is a reason to stay with the owner.
+            self.assembly.server.registry.reload().map_err(|error| Box::new(error.into()))?;
         }
         crate::failpoint!("candidate-before-claim");
         let Some(generation) = self.assembly.host().claim(self.hello.generation) else {
@@ -215,7 +215,6 @@ impl<'a> Candidate<'a> {
         let planned = Some(crate::metrics::TakeoverKind::Planned);
         crate::metrics::start(&*server.store, generation, planned);
         server.upgrades.report().adopt(&frozen.report, &state_dir, &self.hello.binary);
-        let stored = server.stored_sessions();
         self.await_release()?;
         server.upgrades.report().step("FENCE", begin, format!("generation {generation}"));
         let resume = monotonic_ns();
@@ -223,7 +222,7 @@ impl<'a> Candidate<'a> {
         let served = Resumption::reserve(&server, prepared, &frozen.left).run();
         let blackouts = blackouts(&frozen.last_ns, &served);
         // One that speaks for nothing is closed: its client comes back and says what it wants.
-        self.connections.retain(|(session, _)| stored.contains(session));
+        self.connections.retain(|(session, _)| server.has_place(*session));
         self.assembly.control.adopt(std::mem::take(&mut self.connections));
         crate::failpoint!("candidate-resumed");
         let _ = Message::Resumed.send(self.socket, Instant::now() + ANSWER_TIME_MAX);

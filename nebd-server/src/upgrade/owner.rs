@@ -330,6 +330,13 @@ impl Owner<'_> {
 
     fn prepare(&self, step: &'static str) -> Result<Prepared, Failure> {
         let begin = monotonic_ns();
+        let prepared = self.have_prepared(step)?;
+        let detail = format!("{} volumes, {} sessions", prepared.volumes, prepared.sessions);
+        self.server.upgrades.report().step(step, begin, detail);
+        Ok(prepared)
+    }
+
+    fn have_prepared(&self, step: &'static str) -> Result<Prepared, Failure> {
         let deadline = Instant::now() + self.holdings.step;
         let socket = self.socket()?;
         Message::Prepare.send(socket, deadline).map_err(failed(step))?;
@@ -342,8 +349,6 @@ impl Owner<'_> {
         if !failures.is_empty() {
             return Err(failed(step)(failures.join("; ")));
         }
-        let detail = format!("{} volumes, {} sessions", prepared.volumes, prepared.sessions);
-        self.server.upgrades.report().step(step, begin, detail);
         Ok(prepared)
     }
 
@@ -404,11 +409,11 @@ impl Owner<'_> {
             .gate
             .close(Instant::now() + GATE_TIME_MAX)
             .map_err(|busy| failed("READY")(format!("still under way: {}", busy.join(", "))))?;
-        // What came in between is prepared by the candidate after the claim.
         let last = self.offer_changes(Instant::now() + FENCE_TIME_MAX).map_err(failed("READY"))?;
-        // The candidate takes this as word that registry, sessions and connections stand still.
+        // From here on registry, sessions and connections stand still, and guests do not yet.
         let deadline = Instant::now() + FENCE_TIME_MAX;
         self.offer_connections(deadline).map_err(failed("READY"))?;
+        self.have_prepared("READY")?;
         if changed + last > 0 {
             let detail = format!("{} descriptors changed meanwhile", changed + last);
             self.server.upgrades.report().step("DELTA", begin, detail);

@@ -219,7 +219,8 @@ pub(super) fn settle(file: &Arc<OpenFile>) {
     };
     let before = witnesses.names();
     // One is about to be used; after an error none is of use any more.
-    let wanted = if owed { (WITNESSES + 1).saturating_sub(before.len().max(1)) } else { WITNESSES };
+    let wanted =
+        if owed { (WITNESSES + 1).saturating_sub(witnesses.unused().max(1)) } else { WITNESSES };
     let fresh = witnesses.open(wanted);
     // The volume's own descriptor is synced before anybody is answered, so that what was used up is
     // replaced at once: a server that is killed again soon must not run out of witnesses.

@@ -94,6 +94,14 @@ impl Witnesses {
         Ok(())
     }
 
+    /// How many of the stored ones were not used.
+    pub(super) fn unused(&self) -> usize {
+        let is_unused = |name: &String| {
+            self.store.fetch(name).is_none_or(|fd| rustix::fs::tell(&fd) != Ok(USED))
+        };
+        self.names().iter().filter(|name| is_unused(name)).count()
+    }
+
     /// Takes the oldest that was not used. Once this returned it, no successor will use it. The
     /// store is not waited for.
     pub(super) fn take_oldest(&self) -> io::Result<Option<OwnedFd>> {
@@ -102,7 +110,10 @@ impl Witnesses {
             let fd = self.store.fetch(&name).ok_or(io::Error::from_raw_os_error(libc::EMFILE))?;
             let is_used = rustix::fs::tell(&fd)? == USED;
             rustix::fs::seek(&fd, SeekFrom::Start(USED))?;
-            self.store.remove(&name)?;
+            if let Err(error) = self.store.remove(&name) {
+                // The mark is enough.
+                tracing::warn!(name, %error, "cannot remove a used flush witness from the store");
+            }
             if !is_used {
                 return Ok(Some(fd));
             }

@@ -170,6 +170,9 @@ impl Supervisor {
         self.retire_server(None);
         self.watch = Watch::new(self.config.hang_timeout);
         self.serving = Some(self.resumed(process, true));
+        if let Some(at) = &mut self.standby_at {
+            *at = (*at).max(Instant::now() + STANDBY_PAUSE);
+        }
         self.write_server_pid();
         self.write_children();
     }
