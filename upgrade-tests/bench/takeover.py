@@ -47,6 +47,10 @@ def set_limits():
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+class NotMeasured(Exception):
+    """This machine cannot carry out a case."""
+
+
 class Host:
     """A keeper with a warm standby, and volumes."""
 
@@ -94,11 +98,16 @@ class Host:
         time.sleep(seconds / 2 + self.sessions * 0.002)
         steps = None
         if kind == "planned":
-            out = self.ctl("upgrade", "--probation", "none", "--json")
+            try:
+                out = self.ctl("upgrade", "--probation", "none", "--json")
+            except subprocess.CalledProcessError as error:
+                raise NotMeasured("the upgrade is refused or failed, see above") from error
             steps = {step["name"]: step for step in json.loads(out)["steps"]}
         elif kind in SIGNALS:
             os.kill(self.server_pid(), SIGNALS[kind])
         out, _ = load.communicate()
+        if load.returncode and not out.strip():
+            raise NotMeasured("the volumes cannot be attached, see above")
         result = json.loads(out.strip().splitlines()[-1])
         if result["errors"] or result["mismatches"]:
             sys.exit(f"nebdctl bench: {result}")
@@ -136,7 +145,10 @@ def main():
         backend, depth = case.rsplit("-", 1)
         for sessions in map(int, options.sessions.split(",")):
             measured = throughput if options.throughput else measure
-            measured(backend, int(depth), sessions, options)
+            try:
+                measured(backend, int(depth), sessions, options)
+            except NotMeasured as why:
+                print(f"| {sessions} | {backend}, depth {depth} | not measured: {why} |", flush=True)
 
 
 def throughput(backend, depth, sessions, options):
