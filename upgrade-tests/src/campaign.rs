@@ -246,6 +246,11 @@ impl Campaign {
 
     /// One kill, and what comes after it.
     pub fn kill(&mut self, kind: &Kill) -> Result<(), CampaignError> {
+        if self.config.standby {
+            self.host.wait_for("a standby", |host| host.standby_pid().is_some())?;
+            // Half of them with all prepared, half in the middle of it.
+            std::thread::sleep(Duration::from_millis(100 * self.dice.below(2)));
+        }
         if self.config.growth_window > 0 {
             self.look_for_growth();
             self.last_kind = Some(kind.to_string());
@@ -282,13 +287,7 @@ impl Campaign {
             .map_or_else(|| "first server".to_owned(), |kind| format!("server after {kind}"));
         self.growth.look(&role, server, LOOK_TIME_MAX);
         self.growth.look("keeper", keeper, LOOK_TIME_MAX);
-        // A server that was a standby is told from one by being the server.
-        let is_standby = |pid: &i32| {
-            *pid != server
-                && std::fs::read(format!("/proc/{pid}/cmdline"))
-                    .is_ok_and(|line| line.split(|byte| *byte == 0).any(|arg| arg == b"--standby"))
-        };
-        if let Some(standby) = growth::children(keeper).into_iter().rev().find(is_standby) {
+        if let Some(standby) = self.host.standby_pid() {
             self.growth.look("standby", standby, LOOK_TIME_MAX);
         }
         self.growth.look(growth::CLIENT, std::process::id().cast_signed(), LOOK_TIME_MAX);

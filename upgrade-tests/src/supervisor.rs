@@ -257,6 +257,23 @@ impl Host {
         self.keeper.id()
     }
 
+    /// The process id of the standby, once it follows the store.
+    pub fn standby_pid(&self) -> Option<i32> {
+        // A server that was a standby is told from one by being the server.
+        let server = self.server_pid();
+        let follows = |pid: &i32| {
+            let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+            let mut names =
+                tasks.filter_map(|task| fs::read_to_string(task.path().join("comm")).ok());
+            names.any(|name| name.trim() == "nebd-prepare")
+        };
+        let keeper = self.keeper_pid().cast_signed();
+        let children = crate::growth::children(keeper).into_iter();
+        children
+            .filter(|pid| Some(*pid) != server && has_argument(*pid, b"--standby"))
+            .find(follows)
+    }
+
     /// The process id of the serving server, if one serves.
     pub fn server_pid(&self) -> Option<i32> {
         fs::read_to_string(self.state_dir.join("server.pid")).ok()?.trim().parse().ok()

@@ -8,17 +8,17 @@ use nebd_upgrade_tests::campaign::{self, CampaignConfig, Kill};
 
 // The only test here: the client is this process.
 #[test]
-fn nothing_grows_over_60_planned_takeovers_and_60_deaths() {
+fn nothing_grows_over_40_planned_takeovers_and_40_deaths() {
     let config = CampaignConfig {
         kinds: vec![Kill::Takeover, Kill::SIGKILL],
         depth: 16,
         standby: true,
         pause_ms_max: 5,
-        growth_window: 15,
-        ..config("file", 3, 120)
+        growth_window: 10,
+        ..config("file", 3, 80)
     };
     let summary = campaign::run(config).unwrap();
-    assert_clean(&summary, 120);
+    assert_clean(&summary, 80);
     assert!(!summary.has_grown(), "{summary}");
     for role in ["client", "keeper", "server after planned", "server after sigkill", "standby"] {
         let looked = |figure: &str| {
