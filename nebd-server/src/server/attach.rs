@@ -273,8 +273,11 @@ impl Server {
             }
             _ => Ledger::create(geometry.slots_total(), &attachment).map_err(memory_error)?,
         };
-        // A core dump of the server must not take as long as its clients' memory is large.
-        if let Err(error) = region.memory().advise(Advice::LinuxDontDump) {
+        // A core dump of the server must not take as long as its clients' memory is large. Of a stored
+        // session it was kept out as it was mapped.
+        if request.origin == Origin::Client
+            && let Err(error) = region.memory().advise(Advice::LinuxDontDump)
+        {
             tracing::warn!(session = %id, %error, "the region will be part of core dumps");
         }
         let mut adopted = Vec::with_capacity(geometry.queue_count as usize);

@@ -79,6 +79,25 @@ fn attach(server: &Server, id: u8, volume: &VolumeName) -> SessionId {
     session
 }
 
+/// A server that owns.
+fn owner() -> (tempfile::TempDir, Arc<HostPage>, Assembly) {
+    let dir = tempfile::tempdir().unwrap();
+    let host = Arc::new(HostPage::create().unwrap());
+    let owner = server(&dir, "owner", &host, Store::new());
+    claim(&owner.server);
+    (dir, host, owner)
+}
+
+/// The heir hears of what the owner has stored, and the heir has not.
+fn follow(owner: &Server, heir: &Server, preparation: &Preparation) {
+    for (name, fd) in copy(owner) {
+        if !heir.store.holds(&name) {
+            heir.store.adopt(name.clone(), fd);
+            preparation.note_change(&name);
+        }
+    }
+}
+
 fn copy(server: &Server) -> Store {
     let mut copy = Store::new();
     let mut take = |name: &str, fd: std::os::fd::BorrowedFd<'_>| {
@@ -91,10 +110,7 @@ fn copy(server: &Server) -> Store {
 
 #[test]
 fn what_the_owner_has_is_prepared_as_it_comes_and_goes_and_then_served() {
-    let dir = tempfile::tempdir().unwrap();
-    let host = Arc::new(HostPage::create().unwrap());
-    let owner = server(&dir, "owner", &host, Store::new());
-    claim(&owner.server);
+    let (dir, host, owner) = owner();
     let (first, second) = (create(&owner.server, "file:a"), create(&owner.server, "file:b"));
     let a = attach(&owner.server, 1, &first);
 
@@ -106,15 +122,7 @@ fn what_the_owner_has_is_prepared_as_it_comes_and_goes_and_then_served() {
 
     // A session that came: its descriptors first, the rest at the next update.
     let b = attach(&owner.server, 2, &second);
-    let adopt_all = || {
-        for (name, fd) in copy(&owner.server) {
-            if !heir.server.store.holds(&name) {
-                heir.server.store.adopt(name.clone(), fd);
-                preparation.note_change(&name);
-            }
-        }
-    };
-    adopt_all();
+    follow(&owner.server, &heir.server, &preparation);
     assert_eq!(counts(preparation.update()), (2, 2, vec![]));
     // One that ended: nothing of it is kept mapped or open.
     for name in heir.server.store.names(&Session::store_name(b, "")) {
@@ -123,7 +131,7 @@ fn what_the_owner_has_is_prepared_as_it_comes_and_goes_and_then_served() {
     }
     assert_eq!(counts(preparation.update()), (1, 1, vec![]));
     assert!(!heir.server.prepared().contains_key(&second));
-    adopt_all();
+    follow(&owner.server, &heir.server, &preparation);
     // Not prepared, and resumed all the same.
     drop(second);
 
@@ -148,10 +156,7 @@ fn what_the_owner_has_is_prepared_as_it_comes_and_goes_and_then_served() {
 
 #[test]
 fn a_session_that_changes_while_it_is_mapped_is_mapped_again() {
-    let dir = tempfile::tempdir().unwrap();
-    let host = Arc::new(HostPage::create().unwrap());
-    let owner = server(&dir, "owner", &host, Store::new());
-    claim(&owner.server);
+    let (dir, host, owner) = owner();
     let volume = create(&owner.server, "null:a");
     let id = attach(&owner.server, 1, &volume);
     let heir = server(&dir, "heir", &host, copy(&owner.server));
@@ -170,10 +175,7 @@ fn a_session_that_changes_while_it_is_mapped_is_mapped_again() {
 /// The thread of a standby may have a round before it when the order to take over comes.
 #[test]
 fn a_round_that_comes_after_the_claim_does_nothing() {
-    let dir = tempfile::tempdir().unwrap();
-    let host = Arc::new(HostPage::create().unwrap());
-    let owner = server(&dir, "owner", &host, Store::new());
-    claim(&owner.server);
+    let (dir, host, owner) = owner();
     let volume = create(&owner.server, "null:a");
     let other = create(&owner.server, "null:b");
     attach(&owner.server, 1, &volume);
@@ -199,10 +201,7 @@ fn a_round_that_comes_after_the_claim_does_nothing() {
 /// Detached, deleted, created and attached again between two rounds.
 #[test]
 fn what_was_made_anew_between_two_rounds_is_not_kept_from_being_freed() {
-    let dir = tempfile::tempdir().unwrap();
-    let host = Arc::new(HostPage::create().unwrap());
-    let owner = server(&dir, "owner", &host, Store::new());
-    claim(&owner.server);
+    let (dir, host, owner) = owner();
     let volume = create(&owner.server, "file:a");
     let id = attach(&owner.server, 1, &volume);
     let heir = server(&dir, "heir", &host, copy(&owner.server));
@@ -245,10 +244,7 @@ fn what_was_made_anew_between_two_rounds_is_not_kept_from_being_freed() {
 #[test]
 fn sessions_whose_storage_waits_hold_up_no_other() {
     use rustix::fs::FlockOperation;
-    let dir = tempfile::tempdir().unwrap();
-    let host = Arc::new(HostPage::create().unwrap());
-    let owner = server(&dir, "owner", &host, Store::new());
-    claim(&owner.server);
+    let (dir, host, owner) = owner();
     let waiting: Vec<VolumeName> =
         (0..100).map(|n| create(&owner.server, &format!("file:w{n}"))).collect();
     for (n, volume) in waiting.iter().enumerate() {
@@ -260,12 +256,7 @@ fn sessions_whose_storage_waits_hold_up_no_other() {
     let preparation = Preparation::new(heir.server.clone());
     assert_eq!(preparation.update().failures, vec![]);
     let late = attach(&owner.server, 201, &free);
-    for (name, fd) in copy(&owner.server) {
-        if !heir.server.store.holds(&name) {
-            heir.server.store.adopt(name.clone(), fd);
-            preparation.note_change(&name);
-        }
-    }
+    follow(&owner.server, &heir.server, &preparation);
     // A dead owner's requests that are stuck at their storage.
     let locks: Vec<_> = waiting
         .iter()
@@ -299,10 +290,7 @@ fn sessions_whose_storage_waits_hold_up_no_other() {
 /// As above, and here it is the host's memory that is not freed.
 #[test]
 fn memory_that_was_deleted_and_made_anew_between_two_rounds_is_freed() {
-    let dir = tempfile::tempdir().unwrap();
-    let host = Arc::new(HostPage::create().unwrap());
-    let owner = server(&dir, "owner", &host, Store::new());
-    claim(&owner.server);
+    let (dir, host, owner) = owner();
     let volume = create(&owner.server, "mem:a");
     attach(&owner.server, 1, &volume);
     let heir = server(&dir, "heir", &host, copy(&owner.server));
@@ -336,10 +324,7 @@ fn memory_that_was_deleted_and_made_anew_between_two_rounds_is_freed() {
 /// A crash before, or long after, the sessions are served must not write guests' memory to disk.
 #[test]
 fn what_a_successor_maps_is_no_part_of_core_dumps() {
-    let dir = tempfile::tempdir().unwrap();
-    let host = Arc::new(HostPage::create().unwrap());
-    let owner = server(&dir, "owner", &host, Store::new());
-    claim(&owner.server);
+    let (dir, host, owner) = owner();
     let volume = create(&owner.server, "null:a");
     let id = attach(&owner.server, 1, &volume);
     let memory = nebd_abi::region::SharedMemory::create("guest", 4096).unwrap();
