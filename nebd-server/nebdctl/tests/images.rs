@@ -237,7 +237,8 @@ fn an_import_outlives_its_server() {
         assert_eq!((&made["verified"], &made["crc32c"]), (&true.into(), &crc(&image).into()));
         assert!(stage.run(&format!("volume export {volume} -")).stdout == image, "{volume}");
     }
-    assert!(json(&stage.run("status --json"))["generation"].as_u64() > Some(4));
+    // Two kills at once may meet one server before it owns anything, which is no generation.
+    assert!(json(&stage.run("status --json"))["generation"].as_u64() > Some(2));
 }
 
 /// An export that is stopped while it reads, with a part of the volume read.
