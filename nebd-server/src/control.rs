@@ -29,6 +29,7 @@ use rustix::net::SocketFlags;
 use crate::server::Server;
 use crate::session::Session;
 use crate::shard::{Command, ShardEvent};
+use crate::vhost::Hypervisors;
 use closer::Closer;
 use connection::Connection;
 pub use notice::{Notice, NoticeSink, doorbell};
@@ -38,6 +39,8 @@ const DOORBELL: u64 = 1;
 const PROBE: u64 = 2;
 /// Keys of connections have this bit, keys of client processes have not.
 const CONNECTION: u64 = 1 << 63;
+/// Keys of hypervisors' connections.
+const HYPERVISOR: u64 = 1 << 62;
 /// Connections at most; a client needs one for each session.
 const CONNECTIONS_MAX: usize = 8192;
 
@@ -57,7 +60,7 @@ pub struct ControlInputs {
 
 /// The control thread's state.
 pub struct Control {
-    server: Arc<Server>,
+    pub(crate) server: Arc<Server>,
     inputs: ControlInputs,
     epoll: OwnedFd,
     next_key: u64,
@@ -71,6 +74,7 @@ pub struct Control {
     closer: Closer,
     /// Connections that sent Detach while their attach was still under way.
     abandoned: HashSet<u64>,
+    pub(crate) hypervisors: Hypervisors,
 }
 
 impl Control {
@@ -98,6 +102,7 @@ impl Control {
             detaching: HashMap::new(),
             closer: Closer::start()?,
             abandoned: HashSet::new(),
+            hypervisors: Hypervisors::default(),
         })
     }
 
@@ -118,6 +123,7 @@ impl Control {
                     DOORBELL => {}
                     PROBE => self.show_life(),
                     key if key & CONNECTION != 0 => self.receive(key),
+                    key if key & HYPERVISOR != 0 => self.hypervisor_says(key),
                     key => self.peer_died(key),
                 }
             }
@@ -139,6 +145,19 @@ impl Control {
     fn new_key(&mut self) -> u64 {
         self.next_key += 1;
         self.next_key
+    }
+
+    pub(crate) fn new_hypervisor_key(&mut self) -> u64 {
+        self.new_key() | HYPERVISOR
+    }
+
+    pub(crate) fn epoll(&self) -> &OwnedFd {
+        &self.epoll
+    }
+
+    /// Descriptors that belong to no message.
+    pub(crate) fn close_strays(&self, strays: Vec<OwnedFd>) {
+        strays.into_iter().for_each(|fd| self.closer.close(fd));
     }
 
     fn accept(&mut self) {
@@ -277,6 +296,7 @@ impl Control {
         while let Ok(event) = self.inputs.shard_events.try_recv() {
             match event {
                 ShardEvent::Violation(session, violation) => self.violation(session, violation),
+                ShardEvent::Virt(event) => self.hear_ring(event),
                 ShardEvent::SuspectAnswered(session) => self.server.suspect_answered(session),
                 ShardEvent::Drained(session) => {
                     let server = self.server.clone();
@@ -298,6 +318,7 @@ impl Control {
                 session.set_connected(self.speakers.contains_key(&session.id));
                 self.watch_peer(&session);
             }
+            Notice::Hypervisor(hypervisor, session) => self.adopt_hypervisor(hypervisor, session),
             Notice::Attached { connection, session } => {
                 if self.abandoned.remove(&connection) {
                     self.server.end_session(session);
@@ -322,8 +343,12 @@ impl Control {
             Notice::Parked(session, parked) => {
                 self.tell(session, if parked { Event::Parked } else { Event::Unparked });
             }
-            Notice::Resized(session, size) => self.tell(session, Event::Resized(size)),
+            Notice::Resized(session, size) => {
+                self.hypervisor_resized(session, size);
+                self.tell(session, Event::Resized(size));
+            }
             Notice::Ended(session) => {
+                self.hypervisor_ended(session);
                 self.unwatch_peer(session);
                 if let Some((key, request)) = self.detaching.remove(&session) {
                     self.reply(key, request, &Message::Done);

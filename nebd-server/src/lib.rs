@@ -39,3 +39,4 @@ mod shard;
 mod standby;
 mod successor;
 mod tenure;
+mod vhost;

@@ -31,7 +31,8 @@ use crate::shard::{Command, ShardHandle};
 use crate::tenure::Tenure;
 use crate::upgrade::Upgrades;
 use crate::volume::VolumeTable;
-pub use attach::{AttachRequest, Origin, is_eventfd, set_nonblocking};
+pub(crate) use attach::is_own;
+pub use attach::{AttachError, AttachRequest, Origin, is_eventfd, set_nonblocking};
 
 /// What a server is made of.
 pub struct Server {

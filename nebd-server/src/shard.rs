@@ -13,10 +13,12 @@
 
 mod fair;
 mod freeze;
+mod front;
 mod hold;
 mod queue;
 mod ringer;
 mod spin;
+mod virt;
 
 use std::collections::HashMap;
 use std::io;
@@ -28,7 +30,7 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, Sender, unbounded};
 use nebd_abi::host::HostPage;
 use nebd_abi::layout::SessionId;
-use nebd_abi::ring::{Request as RingRequest, RingViolation, ServerQueue};
+use nebd_abi::ring::{Request as RingRequest, RingViolation};
 use nebd_backend::{Done, Lane, LaneConfig, Mailbox};
 use rustix::event::{Timespec, epoll};
 
@@ -39,11 +41,13 @@ use fair::{Fair, Share};
 use freeze::Frozen;
 pub(crate) use freeze::monotonic_ns;
 pub use freeze::{Freeze, FreezeEvent};
+pub use front::Front;
 pub use hold::Hold;
 use queue::{QueueTask, Served};
 use ringer::Ringer;
 use spin::Spin;
 pub use spin::SpinBudget;
+pub use virt::{VirtCommand, VirtEvent, VirtFront, VirtNews, VirtStart};
 
 /// How often a shard with requests in flight shows that it lives.
 const HEARTBEAT: Duration = Duration::from_millis(250);
@@ -60,8 +64,8 @@ pub struct QueueSetup {
     pub session: Arc<Session>,
     /// Which of the session's queues.
     pub index: u32,
-    /// The server's half of the ring.
-    pub ring: ServerQueue,
+    /// Its other side.
+    pub front: Front,
     /// Requests in flight under a predecessor, to be issued again.
     pub reissue: Vec<RingRequest>,
     /// Whether its volume is parked.
@@ -90,6 +94,8 @@ pub enum Command {
         /// The request.
         request: RingRequest,
     },
+    /// A hypervisor wants something of a queue.
+    Virt(SessionId, u32, VirtCommand),
     /// Hold the session's requests back, or let them go on.
     Park(SessionId, bool),
     /// Take no more requests; tell when the last is answered.
@@ -115,6 +121,8 @@ pub enum ShardEvent {
     Drained(SessionId),
     /// A suspect was answered.
     SuspectAnswered(SessionId),
+    /// A hypervisor's queue has something to tell.
+    Virt(VirtEvent),
 }
 
 /// Where shards put their events.
@@ -408,6 +416,7 @@ impl Shard {
             if let Some(task) = self.queues[key].as_mut() {
                 task.touched = false;
                 task.call_if_needed();
+                self.end_stop(key);
                 self.finish_if_drained(key);
             }
         }
@@ -476,6 +485,9 @@ impl Shard {
             Command::Abort { session, queue, request } => {
                 self.with_queue(session, queue, |task, _| task.abort(&request));
             }
+            Command::Virt(session, queue, command) => {
+                self.with_queue(session, queue, |task, shard| shard.obey_hypervisor(task, command));
+            }
             Command::Park(session, parked) => self.with_session(session, |task, shard| {
                 task.set_parked(&mut shard.lane, &shard.context, parked);
             }),
@@ -522,17 +534,9 @@ impl Shard {
             self.queues.len() - 1
         });
         let id = (setup.session.id, setup.index);
-        let kick = &setup.session.kicks[setup.index as usize];
-        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
-        if let Err(error) =
-            epoll::add(&self.epoll, kick, epoll::EventData::new_u64(key as u64), flags)
-        {
-            // Only a descriptor that cannot be polled, which no eventfd is: the queue is served all
-            // the same while the shard is awake.
-            tracing::error!(session = %id.0, %error, "cannot watch a doorbell");
-        }
         let share = self.share(setup.session.id);
         let mut task = QueueTask::new(key, setup, self.ringer.clone(), share);
+        self.watch(&task);
         if task.session.is_draining() {
             // Its client died before it was served; the command to drain may have come too early.
             task.drain();
@@ -543,6 +547,42 @@ impl Shard {
         self.by_session.insert(id, key);
         self.activate(key);
         self.finish_if_drained(key);
+    }
+
+    fn watch(&self, task: &QueueTask) {
+        let Some(kick) = task.kick() else { return };
+        let (data, flags) = (task.key as u64, epoll::EventFlags::IN | epoll::EventFlags::ET);
+        if let Err(error) = epoll::add(&self.epoll, kick, epoll::EventData::new_u64(data), flags) {
+            // Only a descriptor that cannot be polled, which no eventfd is: the queue is served all
+            // the same while the shard is awake.
+            tracing::error!(session = %task.session.id, %error, "cannot watch a doorbell");
+        }
+    }
+
+    /// Before it is closed: the store has a duplicate, and the kernel would go on watching.
+    fn unwatch(&self, task: &QueueTask) {
+        if let Some(kick) = task.kick() {
+            let _ = epoll::delete(&self.epoll, kick.as_fd());
+        }
+    }
+
+    fn obey_hypervisor(&mut self, task: &mut QueueTask, command: VirtCommand) {
+        let is_rewired = matches!(command, VirtCommand::Start(_) | VirtCommand::SetKick(_));
+        // A stop that ends at once lets go of its doorbell.
+        if is_rewired || matches!(command, VirtCommand::Stop) {
+            self.unwatch(task);
+        }
+        task.obey(command, &mut self.lane, &self.context);
+        if is_rewired {
+            self.watch(task);
+        }
+    }
+
+    /// A queue that was told to stop has stopped, if that was its last answer.
+    fn end_stop(&mut self, key: usize) {
+        if let Some(task) = self.queues[key].as_mut() {
+            task.end_stop(&self.context);
+        }
     }
 
     /// What all queues of a session on this shard share.
@@ -568,7 +608,7 @@ impl Shard {
     fn finish_if_drained(&mut self, key: usize) {
         let Some(task) = self.queues[key].as_ref().filter(|task| task.is_drained()) else { return };
         let session = task.session.clone();
-        let _ = epoll::delete(&self.epoll, session.kicks[task.index as usize].as_fd());
+        self.unwatch(task);
         self.by_session.remove(&(session.id, task.index));
         self.queues[key] = None;
         self.active.retain(|active| *active != key);
@@ -592,8 +632,8 @@ impl Shard {
         // doorbell: an answer of its own wakes the shard.
         let is_full = |fair: &Fair, task: &QueueTask| fair.is_full(&task.share);
         let asleep = self.active.iter().all(|key| {
-            let task = self.queues[*key].as_ref();
-            task.is_none_or(|task| is_full(&self.fair, task) || task.ring.sleep())
+            let task = self.queues[*key].as_mut();
+            task.is_none_or(|task| is_full(&self.fair, task) || task.front.sleep())
         });
         if asleep && self.lane.sleep() && self.commands.is_empty() {
             self.active.retain(|key| {
@@ -610,8 +650,8 @@ impl Shard {
         } else {
             self.lane.wake();
             for key in &self.active {
-                if let Some(task) = self.queues[*key].as_ref() {
-                    task.ring.wake();
+                if let Some(task) = self.queues[*key].as_mut() {
+                    task.front.wake();
                 }
             }
         }

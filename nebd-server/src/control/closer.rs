@@ -33,11 +33,14 @@ impl Closer {
         if packet.fds.iter().all(closes_at_once) {
             return false;
         }
-        for fd in packet.fds.drain(..) {
-            // The thread ends only with the process.
-            let _ = self.0.send(fd);
-        }
+        packet.fds.drain(..).for_each(|fd| self.close(fd));
         true
+    }
+
+    /// Closes it, whatever it is.
+    pub fn close(&self, fd: OwnedFd) {
+        // The thread ends only with the process.
+        let _ = self.0.send(fd);
     }
 
     /// Whether one of them does wait, and many behind it.

@@ -203,6 +203,7 @@ fn attach(control: &mut Control, key: u64, request: u64, message: Message, fds: 
                     ledger: None,
                     memories: memories.clone(),
                     attachment,
+                    vhost: None,
                 })
                 .map_err(|error| Message::Failed {
                     errno: error.errno(),
@@ -262,6 +263,9 @@ fn parse_fds(
     let mut fds = fds.into_iter();
     let region = fds.next().ok_or_else(|| invalid("the region's descriptor is missing"))?;
     let region = Region::open(region).map_err(|error| invalid(&error.to_string()))?;
+    if crate::server::is_own(&region) {
+        return Err(invalid("the region is of a kind that only servers make"));
+    }
     let params = region.params();
     if params.session != session || params.volume != *volume {
         return Err(invalid("the region belongs to another session or volume"));

@@ -8,6 +8,7 @@ use nebd_abi::layout::SessionId;
 use rustix::event::EventfdFlags;
 
 use crate::session::Session;
+use crate::vhost::Hypervisor;
 
 /// Something that happened on a worker thread.
 pub enum Notice {
@@ -25,6 +26,8 @@ pub enum Notice {
         /// The connection.
         connection: u64,
     },
+    /// A hypervisor's session is served.
+    Hypervisor(Box<Hypervisor>, Arc<Session>),
     /// A session's volume was parked, or goes on.
     Parked(SessionId, bool),
     /// A session's volume has a new size.

@@ -3,15 +3,16 @@
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::AcqRel};
+use std::sync::atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use nebd_abi::control::AttachFlags;
-use nebd_abi::layout::{ServerState, SessionId};
+use nebd_abi::layout::{PAGE, ServerState, SessionId, features};
 use nebd_abi::region::{Region, RegionError, SharedMemory};
 use nebd_abi::ring::{Request, ServerQueue};
 use nebd_abi::{Epoch, Errno, VolumeName};
 use nebd_backend::{BackendError, FdStore, OpenContext};
+use nebd_vhost::journal::JournalError;
 use rustix::mm::Advice;
 
 use super::{Entry, Server};
@@ -20,7 +21,8 @@ use crate::hooks;
 use crate::quarantine::{DEATHS_PARKED, DEATHS_SUSPECT, Suspect};
 use crate::session::ledger::{Attachment, Ledger};
 use crate::session::{Memories, Session, SessionParts, set_memory};
-use crate::shard::{Command, QueueSetup};
+use crate::shard::{Command, Front, QueueSetup};
+use crate::vhost::{Hypervisor, ResumeError, Stored, disk_of};
 use crate::volume::OpenVolume;
 
 /// Of a stored session's rings; more is mapped as it is touched.
@@ -53,6 +55,8 @@ pub struct AttachRequest {
     pub memories: Memories,
     /// How, and by whom.
     pub attachment: Attachment,
+    /// A hypervisor's connection; the region is our own then, and there are no doorbells.
+    pub(crate) vhost: Option<Stored>,
 }
 
 /// Why a session cannot be attached.
@@ -95,6 +99,9 @@ pub enum AttachError {
         /// Why.
         source: RegionError,
     },
+    /// A hypervisor's connection is of no use.
+    #[error(transparent)]
+    Vhost(#[from] ResumeError),
     /// The descriptor store failed.
     #[error("session {session}: cannot store its descriptors")]
     Store {
@@ -118,6 +125,7 @@ impl AttachError {
             AttachError::Lost(_) => Errno(116),
             AttachError::Storage(error) => error.errno(),
             AttachError::Memory { .. } => Errno::INVAL,
+            AttachError::Vhost(_) => Errno::IO,
             AttachError::Store { source, .. } => Errno::from_io(source),
         }
     }
@@ -129,6 +137,7 @@ impl AttachError {
             AttachError::Denied { .. }
                 | AttachError::Foreign(_)
                 | AttachError::Lost(_)
+                | AttachError::Vhost(_)
                 | AttachError::Storage(BackendError::Lost(_))
         ) && !matches!(self, AttachError::Memory { source, .. }
             // What the system refuses today it may grant tomorrow.
@@ -143,12 +152,16 @@ impl Server {
         if let Some(session) = self.reserve(&request)? {
             return Ok(session);
         }
-        let origin = request.origin;
+        let (origin, is_hypervisors) = (request.origin, request.vhost.is_some());
         let prepared = match self.open_and_prepare(self.with_stored_ledger(request)) {
             Ok(prepared) => prepared,
             Err(error) => {
                 // A stored session keeps its place: its client has not given it up.
                 if origin == Origin::Client {
+                    if is_hypervisors {
+                        // Its id is of our own drawing: nobody has left anything under it before.
+                        self.store.remove_all(&Session::store_name(id, ""));
+                    }
                     self.entries().remove(&id);
                 }
                 return Err(error);
@@ -161,7 +174,10 @@ impl Server {
         }
         crate::metrics::track(id, &session.volume.name, &session.ledger);
         self.notices.send(Notice::Live(session.clone()));
-        self.start(prepared);
+        let hypervisor = self.start(prepared);
+        if let Some(hypervisor) = hypervisor {
+            self.notices.send(Notice::Hypervisor(hypervisor, session.clone()));
+        }
         Ok(session)
     }
 
@@ -280,14 +296,25 @@ impl Server {
         {
             tracing::warn!(session = %id, %error, "the region will be part of core dumps");
         }
-        let mut adopted = Vec::with_capacity(geometry.queue_count as usize);
-        for index in 0..geometry.queue_count {
-            let Some(memory) = region.queue(index) else { break };
-            adopted.push(ServerQueue::adopt(memory, volume.epoch));
+        if request.origin == Origin::Client
+            && let Some(stored) = &request.vhost
+        {
+            // Before it is looked at: what is answered must not be forgotten.
+            let put = stored.put(&*self.store, id);
+            put.map_err(|source| AttachError::Store { session: id, source })?;
         }
+        let is_read_only = AttachFlags(attachment.attach_flags).contains(AttachFlags::READ_ONLY);
+        let (hypervisor, mut adopted) = match request.vhost {
+            None => (None, rings_of(&region, volume.epoch)),
+            Some(stored) => {
+                let disk = disk_of(&volume, is_read_only, geometry.queue_count);
+                let (hypervisor, adopted) = stored.resume(id, disk, &volume, &ledger)?;
+                (Some(Box::new(hypervisor)), adopted)
+            }
+        };
         crate::failpoint!("attach-after-adopt");
         let shards: Vec<usize> = adopted.iter().map(|_| self.next_shard()).collect();
-        let verdicts = self.judge(&ledger, id, &shards, &mut adopted);
+        let verdicts = self.judge(&ledger, id, &shards, geometry.queue_depth, &mut adopted);
         let reissued = adopted.iter().map(|(_, requests)| requests.len() as u32).sum::<u32>()
             + (verdicts.suspects.len() + verdicts.parked.len()) as u32;
         let session = Arc::new(Session::new(SessionParts {
@@ -309,7 +336,7 @@ impl Server {
             }
             crate::failpoint!("attach-after-store");
         }
-        Ok(Prepared { session, adopted, verdicts })
+        Ok(Prepared { session, adopted, verdicts, hypervisor })
     }
 
     fn store_session(&self, session: &Session) -> Result<(), AttachError> {
@@ -333,7 +360,8 @@ impl Server {
         ledger: &Ledger,
         session: SessionId,
         shards: &[usize],
-        adopted: &mut [(ServerQueue, Vec<Request>)],
+        queue_depth: u32,
+        adopted: &mut [(Front, Vec<Request>)],
     ) -> Verdicts {
         let mut verdicts = Verdicts::default();
         let dead = nebd_abi::Generation(self.tenure.generation().0.saturating_sub(1));
@@ -343,7 +371,7 @@ impl Server {
             }
         }
         let mut ledger_base = 0;
-        for (queue, (ring, requests)) in adopted.iter_mut().enumerate() {
+        for (queue, (_, requests)) in adopted.iter_mut().enumerate() {
             if hooks::reissue_is_off() {
                 requests.clear();
             }
@@ -357,13 +385,14 @@ impl Server {
                     _ => requests.push(suspect.request),
                 }
             }
-            ledger_base += ring.depth();
+            ledger_base += queue_depth;
         }
         verdicts
     }
 
-    fn start(&self, prepared: Prepared) {
-        let Prepared { session, adopted, verdicts } = prepared;
+    /// Has its queues served; returns the hypervisor, if it has one.
+    fn start(&self, prepared: Prepared) -> Option<Box<Hypervisor>> {
+        let Prepared { session, adopted, verdicts, hypervisor } = prepared;
         let volume = &session.volume;
         if let Some(first) = verdicts.parked.first() {
             let reason = format!(
@@ -378,11 +407,11 @@ impl Server {
         }
         let parked = volume.parked().is_some();
         session.publish_state(if parked { ServerState::Parked } else { ServerState::Serving });
-        for (index, (ring, reissue)) in adopted.into_iter().enumerate() {
+        for (index, (front, reissue)) in adopted.into_iter().enumerate() {
             let session = session.clone();
             let shard = session.shards[index];
             let index = index as u32;
-            let setup = QueueSetup { session, index, ring, reissue, parked };
+            let setup = QueueSetup { session, index, front, reissue, parked };
             self.shards[shard].send(Command::Serve(Box::new(setup)));
         }
         // The operator may have decided otherwise meanwhile; commands arrive in their order.
@@ -402,6 +431,7 @@ impl Server {
                 session = %session.id, volume = %volume.name, epoch = %volume.epoch, "session served"
             );
         }
+        hypervisor
     }
 
     /// Holds back, or lets go, every session of a volume.
@@ -540,12 +570,21 @@ impl Server {
         };
         keep_out_of_dumps(region.memory());
         let ledger = Ledger::open(fetch("ledger", "ledger")?)?;
+        let queue_count = region.geometry().queue_count;
+        let vhost = match is_own(&region) {
+            true => {
+                let stored = Stored::fetch(&*self.store, id, queue_count as usize);
+                Some(stored?.ok_or(StoredError::Missing("connection"))?)
+            }
+            false => None,
+        };
         // Not page by page while guests wait. A failure costs time and nothing else. Pages that were
         // holes are this process's: no more of them than honest clients have.
-        let _ = region.memory().populate(region.geometry().arena_offset().min(POPULATED_BYTES_MAX));
+        let rings_end = region.geometry().arena_offset().min(POPULATED_BYTES_MAX);
+        let _ = region.memory().populate(if vhost.is_some() { PAGE } else { rings_end });
         let _ = ledger.populate();
         let doorbells = |kind: &'static str| -> Result<Vec<OwnedFd>, StoredError> {
-            let queues = 0..region.geometry().queue_count;
+            let queues = if vhost.is_some() { 0..0 } else { 0..queue_count };
             queues
                 .map(|k| {
                     let doorbell = fetch(kind, &format!("{kind}{k}"))?;
@@ -578,15 +617,29 @@ impl Server {
             ledger: Some(ledger),
             memories,
             region,
+            vhost,
         })
     }
+}
+
+/// Whether a server made the region, and its rings are no rings.
+pub(crate) fn is_own(region: &Region) -> bool {
+    region.header().features_required.load(Relaxed) & features::OWN_REGION != 0
 }
 
 /// A session that is complete but for being served.
 struct Prepared {
     session: Arc<Session>,
-    adopted: Vec<(ServerQueue, Vec<Request>)>,
+    adopted: Vec<(Front, Vec<Request>)>,
     verdicts: Verdicts,
+    hypervisor: Option<Box<Hypervisor>>,
+}
+
+/// The rings of a client's region, and what is to be issued again of each.
+fn rings_of(region: &Arc<Region>, epoch: Epoch) -> Vec<(Front, Vec<Request>)> {
+    let queues = (0..region.geometry().queue_count).map_while(|index| region.queue(index));
+    let adopted = queues.map(|memory| ServerQueue::adopt(memory, epoch));
+    adopted.map(|(ring, requests)| (Front::Ring(ring), requests)).collect()
 }
 
 #[derive(Default)]
@@ -605,6 +658,8 @@ pub(crate) enum StoredError {
     OutOfReach(&'static str),
     #[error(transparent)]
     Region(#[from] RegionError),
+    #[error(transparent)]
+    Journal(#[from] JournalError),
 }
 
 /// A doorbell whose counter is full must not block a shard.

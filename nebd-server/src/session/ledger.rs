@@ -199,6 +199,11 @@ impl Ledger {
         record.state.store(deaths | u64::from(generation.0), Release);
     }
 
+    /// The request of `slot` that was dispatched last, or is dispatched.
+    pub fn last_seq(&self, slot: u32) -> u64 {
+        self.slot(slot).map_or(0, |record| record.seq.load(Relaxed))
+    }
+
     /// The request of `slot` is answered.
     pub fn done(&self, slot: u32) {
         if let Some(record) = self.slot(slot) {

@@ -31,11 +31,12 @@ pub struct Translated {
 
 const EFAULT: Errno = Errno(14);
 
-/// Checks everything that the client said.
+/// Checks everything that the client said; `found` is where the data is, if that is known already.
 pub fn translate(
     session: &Session,
     memories: &Memories,
     request: &RingRequest,
+    found: Option<Segments>,
 ) -> Result<Translated, Rejected> {
     let op = request.op.map_err(|_| Rejected::Errno(Errno::NOTSUP))?;
     let flags = request.flags.map_err(|_| Rejected::Errno(Errno::INVAL))?;
@@ -51,6 +52,9 @@ pub fn translate(
     }
     if request.length > TRANSFER_BYTES_MAX {
         return Err(Rejected::Errno(Errno::INVAL));
+    }
+    if let Some(segments) = found {
+        return Ok(Translated { op, flags, segments, uses_memories: false });
     }
     let segments = segments(session, memories, request)?;
     let uses_memories = request.buffers.as_slice().iter().any(|buffer| buffer.memory != 0);

@@ -1,17 +1,20 @@
 //! One queue of one session, as its shard serves it.
 
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use nebd_abi::ring::{Request as RingRequest, RingViolation, ServerQueue};
+use nebd_abi::ring::{Request as RingRequest, RingViolation};
 use nebd_abi::{Errno, Fence, Op};
 use nebd_backend::{Lane, Request};
 
 use super::fair::{Fair, Pace, Share};
 use super::ringer::Ringer;
-use super::{HEARTBEAT, QueueSetup, ShardContext, ShardEvent};
+use super::{
+    Front, HEARTBEAT, QueueSetup, ShardContext, ShardEvent, VirtCommand, VirtEvent, VirtNews,
+};
 use crate::hooks;
 use crate::metrics::{Tally, alarm};
 use crate::session::{Memories, Rejected, Session, Translated, translate};
@@ -51,7 +54,7 @@ struct InFlight {
 pub(super) struct QueueTask {
     pub(super) session: Arc<Session>,
     pub(super) index: u32,
-    pub(super) ring: ServerQueue,
+    pub(super) front: Front,
     pub(super) active: bool,
     pub(super) touched: bool,
     /// Waits for its volume's limits since then.
@@ -62,9 +65,9 @@ pub(super) struct QueueTask {
     pub(super) told_drained: bool,
     /// Of its session, on this shard.
     pub(super) share: Rc<Share>,
-    key: usize,
+    pub(super) key: usize,
     ringer: Rc<Ringer>,
-    in_flight: Box<[Option<InFlight>]>,
+    in_flight: Vec<Option<InFlight>>,
     /// Not dispatched yet: of the predecessor, or held back while parked.
     held: Vec<RingRequest>,
     /// Answered without the backend; the client must be called.
@@ -90,12 +93,12 @@ impl QueueTask {
         ringer: Rc<Ringer>,
         share: Rc<Share>,
     ) -> QueueTask {
-        let depth = setup.ring.depth();
+        let depth = setup.session.region.geometry().queue_depth;
         QueueTask {
             share,
             key,
             ringer,
-            in_flight: (0..depth).map(|_| None).collect(),
+            in_flight: (0..setup.front.slots()).map(|_| None).collect(),
             held: setup.reissue,
             parked: setup.parked,
             memories: setup.session.memories(),
@@ -103,7 +106,7 @@ impl QueueTask {
             ledger_base: setup.index * depth,
             session: setup.session,
             index: setup.index,
-            ring: setup.ring,
+            front: setup.front,
             active: false,
             touched: false,
             throttled: None,
@@ -139,7 +142,7 @@ impl QueueTask {
     pub(super) fn activate(&mut self) {
         self.active = true;
         self.idle_turns = 0;
-        self.ring.wake();
+        self.front.wake();
     }
 
     /// Pops and dispatches what its turn allows; adds the bytes to `moved`.
@@ -166,7 +169,7 @@ impl QueueTask {
             if closed_until.is_some() {
                 break pace;
             }
-            let Some(request) = self.ring.pop()? else { break pace };
+            let Some(request) = self.front.pop()? else { break pace };
             crate::failpoint!("after-pop");
             if taken == 0 {
                 self.turn = Instant::now();
@@ -177,10 +180,10 @@ impl QueueTask {
             *moved = moved.saturating_add(request.length);
         };
         let owes = fair.end(&turn, &self.share, taken > 0);
-        if self.answered_inline {
-            self.answered_inline = false;
+        if std::mem::take(&mut self.answered_inline) | self.front.has_answered() {
             self.call_if_needed();
         }
+        self.tell_violation(context);
         if let Some(until) = closed_until {
             self.active = false;
             return Ok(Served::Throttled(until));
@@ -197,11 +200,11 @@ impl QueueTask {
         }
         self.idle_turns += 1;
         if self.idle_turns > IDLE_TURNS_MAX {
-            if self.ring.sleep() {
+            if self.front.sleep() {
                 self.active = false;
                 return Ok(Served::Asleep);
             }
-            self.ring.wake();
+            self.front.wake();
             self.idle_turns = 0;
         }
         Ok(Served::None)
@@ -215,7 +218,8 @@ impl QueueTask {
         suspect: bool,
     ) {
         self.refresh_memories();
-        let translated = match translate(&self.session, &self.memories, request) {
+        let data = self.front.data(request.slot);
+        let translated = match translate(&self.session, &self.memories, request, data) {
             Ok(translated) => translated,
             Err(rejected) => {
                 let result = match rejected {
@@ -284,7 +288,7 @@ impl QueueTask {
         context: &ShardContext,
         request: RingRequest,
     ) {
-        if self.draining {
+        if self.draining || !self.front.holds(request.slot) {
             context.events.send(ShardEvent::SuspectAnswered(self.session.id));
         } else if self.parked {
             self.held.push(request);
@@ -327,7 +331,9 @@ impl QueueTask {
         self.session.volume.answered(&done.fence);
         crate::failpoint!("before-publish");
         self.publish(slot, done.seq, result);
-        hooks::duplicate_completion(&mut self.ring, slot, done.seq);
+        if let Front::Ring(ring) = &mut self.front {
+            hooks::duplicate_completion(ring, slot, done.seq);
+        }
         self.session.ledger.done(self.ledger_base + slot);
         self.tally.answered(Some(done.op), done.length, result);
         let took_ns = now.saturating_duration_since(done.since).as_nanos() as u64;
@@ -343,7 +349,7 @@ impl QueueTask {
     }
 
     fn publish(&mut self, slot: u32, seq: u64, result: Result<(), Errno>) {
-        self.ring.publish(slot, seq, result);
+        self.front.publish(slot, seq, result);
     }
 
     fn counter_in_flight(&self) {
@@ -354,13 +360,84 @@ impl QueueTask {
     /// Calls the client if it sleeps; what it was answered is counted by then.
     pub(super) fn call_if_needed(&mut self) {
         self.tally.settle(self.session.ledger.counters());
-        if self.ring.call_needed() {
+        if self.front.call_needed() {
             self.call();
         }
     }
 
-    fn call(&self) {
-        self.ringer.ring(&self.session.calls[self.index as usize]);
+    fn call(&mut self) {
+        match &mut self.front {
+            Front::Ring(_) => self.ringer.ring(&self.session.calls[self.index as usize]),
+            Front::Virt(front) => {
+                if let Some(call) = front.call() {
+                    self.ringer.ring(call);
+                }
+            }
+        }
+    }
+
+    /// The doorbell to be watched.
+    pub(super) fn kick(&self) -> Option<&OwnedFd> {
+        match &self.front {
+            Front::Ring(_) => self.session.kicks.get(self.index as usize),
+            Front::Virt(front) => front.kick(),
+        }
+    }
+
+    /// A hypervisor wants something of its queue.
+    pub(super) fn obey(&mut self, command: VirtCommand, lane: &mut Lane, context: &ShardContext) {
+        let Front::Virt(front) = &mut self.front else { return };
+        let mut news = VirtNews::Done;
+        match command {
+            VirtCommand::Start(start) => {
+                self.held = front.start(*start);
+                self.in_flight.clear();
+                self.in_flight.resize_with(front.slots(), || None);
+                self.start(lane, context);
+                self.call_if_needed();
+                return;
+            }
+            VirtCommand::Stop => {
+                // Not dispatched: it stays in the queue's record.
+                self.held.clear();
+                front.begin_stop();
+                return self.end_stop(context);
+            }
+            VirtCommand::SetKick(kick) => front.set_kick(kick),
+            VirtCommand::SetCall(call) => {
+                front.set_call(call);
+                // The old one may have been rung after its driver had turned away from it.
+                self.call();
+            }
+            VirtCommand::SetMemory(memory) => {
+                if let Err(error) = front.set_memory(memory) {
+                    news = VirtNews::Failed(error);
+                }
+            }
+            VirtCommand::SetAgreement(agreement) => front.set_agreement(agreement),
+        }
+        self.tell(news, context);
+    }
+
+    /// A queue that is to stop has stopped, if nothing of it is in flight.
+    pub(super) fn end_stop(&mut self, context: &ShardContext) {
+        let Front::Virt(front) = &mut self.front else { return };
+        if front.is_stopping() && self.in_flight_count == 0 {
+            let base = front.end();
+            self.tell(VirtNews::Stopped(base), context);
+        }
+    }
+
+    fn tell_violation(&mut self, context: &ShardContext) {
+        let Front::Virt(front) = &mut self.front else { return };
+        if let Some(violation) = front.violation() {
+            self.tell(VirtNews::Broken(violation), context);
+        }
+    }
+
+    fn tell(&self, news: VirtNews, context: &ShardContext) {
+        let (session, queue) = (self.session.id, self.index);
+        context.events.send(ShardEvent::Virt(VirtEvent { session, queue, news }));
     }
 
     pub(super) fn set_parked(&mut self, lane: &mut Lane, context: &ShardContext, parked: bool) {

@@ -74,6 +74,7 @@ fn attach(server: &Server, id: u8, volume: &VolumeName) -> SessionId {
         ledger: None,
         memories: Memories::new(),
         attachment,
+        vhost: None,
     };
     server.attach(request).unwrap();
     session

@@ -414,6 +414,13 @@ impl Device {
         Reply::Ring(RingState { index, number })
     }
 
+    /// A ring does not run for now, nothing of it is in flight, and it would go on at `base`.
+    pub fn paused(&mut self, index: u32, base: u32) {
+        if let Some(ring) = self.state.rings.get_mut(index as usize) {
+            ring.base = base;
+        }
+    }
+
     /// An inflight record was made. The reply to `GET_INFLIGHT_FD`, to go with its descriptor. It is used
     /// once the hypervisor gives it back.
     pub fn recorded(&self, asked: &InflightDescription, mmap_size: u64) -> Reply {

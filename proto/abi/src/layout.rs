@@ -58,10 +58,13 @@ impl LayoutVersion {
     }
 }
 
-/// Bits of `features_required` and `features_optional` in the region's header. None is given out yet.
+/// Bits of `features_required` and `features_optional` in the region's header.
 pub mod features {
+    /// Required: a server made the region for a client that has none of its own, and uses its header
+    /// alone. What else belongs to the session is in the descriptor store.
+    pub const OWN_REGION: u64 = 1 << 0;
     /// Required features that this build understands.
-    pub const REQUIRED_KNOWN: u64 = 0;
+    pub const REQUIRED_KNOWN: u64 = OWN_REGION;
 }
 
 /// Identity of a session: random, chosen by the client, unchanged across servers.

@@ -1,0 +1,292 @@
+//! Hypervisors that attach a disk by vhost-user-blk.
+//!
+//! ```text
+//!  accept ─► session (volume opened, socket and journal stored) ─► converse ─► … ─► hung up ─► drained
+//!    │ its predecessor is not drained yet: waits for that
+//!
+//!  control thread: one Hypervisor a connection      shards: its rings, as Front::Virt
+//!  successor:      Stored, from the descriptor store ─► Hypervisor, rings that run
+//! ```
+//!
+//! A hypervisor's session is a session like any other: the region is the server's own, and only its
+//! header is used. What it is worth to know of the protocol is in [`nebd_vhost`].
+
+mod hypervisor;
+mod kept;
+mod stored;
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::OnceLock;
+
+use nebd_abi::VolumeName;
+use nebd_abi::control::AttachFlags;
+use nebd_abi::layout::{Geometry, LayoutVersion, RegionParams, SessionId, features};
+use nebd_abi::region::{Region, RegionError};
+use nebd_vhost::memory::Backing;
+use rustix::event::epoll;
+
+use crate::control::Control;
+use crate::server::{AttachError, AttachRequest, Origin};
+use crate::session::ledger::Attachment;
+use crate::session::{Memories, Session};
+use crate::shard::VirtEvent;
+use hypervisor::Breach;
+pub(crate) use hypervisor::Hypervisor;
+pub use stored::ResumeError;
+pub(crate) use stored::{QUEUE_SIZE_MAX, Stored, disk_of};
+
+/// Messages of one hypervisor before others get their turn.
+const MESSAGES_MAX: usize = 64;
+
+static BACKING: OnceLock<Backing> = OnceLock::new();
+
+/// Says which memory of guests is mapped; once, before any is.
+pub(crate) fn set_backing(backing: Backing) {
+    let _ = BACKING.set(backing);
+}
+
+fn backing() -> Backing {
+    BACKING.get().copied().unwrap_or_default()
+}
+
+/// A disk that a hypervisor may attach.
+#[derive(Clone, Debug)]
+pub(crate) struct Export {
+    pub(crate) volume: VolumeName,
+    pub(crate) is_read_only: bool,
+    pub(crate) queues: u32,
+    /// Whose rights count.
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+}
+
+/// The hypervisors of the control thread.
+#[derive(Default)]
+pub(crate) struct Hypervisors {
+    by_key: HashMap<u64, Hypervisor>,
+    keys: HashMap<SessionId, u64>,
+    /// Volumes whose session is being opened, served, or drained, and who comes next.
+    busy: HashMap<VolumeName, Busy>,
+}
+
+struct Busy {
+    session: SessionId,
+    next: Option<(Export, OwnedFd)>,
+}
+
+impl Control {
+    /// A hypervisor has connected.
+    pub(crate) fn accept_hypervisor(&mut self, export: Export, socket: OwnedFd) {
+        let Some(busy) = self.hypervisors.busy.get(&export.volume) else {
+            return self.attach_hypervisor(export, socket);
+        };
+        // It may have hung up, and its end not have been looked at.
+        if let Some(key) = self.hypervisors.keys.get(&busy.session).copied() {
+            self.hypervisor_says(key);
+            if self.hypervisors.by_key.get(&key).is_some_and(|known| !known.is_waiting()) {
+                tracing::warn!(
+                    volume = %export.volume,
+                    "a second hypervisor is turned away: the first is connected still"
+                );
+                return;
+            }
+        }
+        match self.hypervisors.busy.get_mut(&export.volume) {
+            Some(busy) => busy.next = Some((export, socket)),
+            None => self.attach_hypervisor(export, socket),
+        }
+    }
+
+    fn attach_hypervisor(&mut self, export: Export, socket: OwnedFd) {
+        let volume = export.volume.clone();
+        let request = match request_of(&export, socket) {
+            Ok(request) => request,
+            Err(error) => {
+                tracing::warn!(%volume, %error, "a hypervisor cannot attach");
+                return;
+            }
+        };
+        let session = request.region.params().session;
+        self.hypervisors.busy.insert(volume.clone(), Busy { session, next: None });
+        let server = self.server.clone();
+        let pass = server.gate.enter(format!("an attach of {volume}"));
+        self.server.jobs.spawn(move || {
+            let _pass = pass;
+            if let Err(error) = server.attach(request) {
+                tracing::warn!(%volume, %error, "a hypervisor cannot attach");
+                server.notices.send(crate::control::Notice::Ended(session));
+            }
+        });
+    }
+
+    /// A hypervisor's session is served.
+    pub(crate) fn adopt_hypervisor(
+        &mut self,
+        mut hypervisor: Box<Hypervisor>,
+        session: Arc<Session>,
+    ) {
+        let key = self.new_hypervisor_key();
+        let (id, volume) = (session.id, session.volume.name.clone());
+        let is_inherited = session.ledger.is_inherited();
+        let known = self.hypervisors.busy.get(&volume).map(|busy| busy.session);
+        if known.is_some_and(|known| known != id) || known.is_none() && !is_inherited {
+            // Nobody wants it any more.
+            hypervisor.hang_up();
+            return self.server.end_session(id);
+        }
+        session.set_connected(true);
+        self.hypervisors.busy.entry(volume).or_insert(Busy { session: id, next: None });
+        hypervisor.set_session(session);
+        hypervisor.forget_unnamed(&self.server);
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ONESHOT;
+        let data = epoll::EventData::new_u64(key);
+        if let Err(error) = epoll::add(self.epoll(), hypervisor.socket(), data, flags) {
+            tracing::error!(session = %id, %error, "cannot watch a hypervisor's connection");
+        }
+        self.hypervisors.keys.insert(id, key);
+        self.hypervisors.by_key.insert(key, *hypervisor);
+    }
+
+    /// Something stands in a hypervisor's socket.
+    pub(crate) fn hypervisor_says(&mut self, key: u64) {
+        let Some(hypervisor) = self.hypervisors.by_key.get_mut(&key) else { return };
+        let mut strays = Vec::new();
+        let result = hypervisor.converse(&self.server, &mut strays, MESSAGES_MAX);
+        self.close_strays(strays);
+        match result {
+            Err(breach) => self.dismiss(key, &breach),
+            Ok(_) => self.watch_hypervisor(key),
+        }
+    }
+
+    fn watch_hypervisor(&mut self, key: u64) {
+        let Some(hypervisor) = self.hypervisors.by_key.get(&key) else { return };
+        if hypervisor.is_waiting() {
+            return;
+        }
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ONESHOT;
+        let data = epoll::EventData::new_u64(key);
+        let _ = epoll::modify(self.epoll(), hypervisor.socket(), data, flags);
+    }
+
+    /// A ring has something to tell.
+    pub(crate) fn hear_ring(&mut self, event: VirtEvent) {
+        let Some(key) = self.hypervisors.keys.get(&event.session).copied() else { return };
+        let Some(hypervisor) = self.hypervisors.by_key.get_mut(&key) else { return };
+        match hypervisor.hear(event.queue, event.news, &self.server) {
+            Err(breach) => self.dismiss(key, &breach),
+            Ok(()) if hypervisor.is_waiting() => {}
+            Ok(()) => self.hypervisor_says(key),
+        }
+    }
+
+    /// The end of a connection is the end of its session: the hypervisor knows what was in flight.
+    fn dismiss(&mut self, key: u64, breach: &Breach) {
+        let Some(hypervisor) = self.hypervisors.by_key.remove(&key) else { return };
+        let id = hypervisor.session_id();
+        match breach {
+            Breach::HungUp => tracing::info!(session = %id, "a hypervisor has hung up"),
+            _ => tracing::warn!(session = %id, %breach, "a hypervisor is disconnected"),
+        }
+        self.hypervisors.keys.remove(&id);
+        let _ = epoll::delete(self.epoll(), hypervisor.socket().as_fd());
+        hypervisor.hang_up();
+        if let Some(session) = self.server.session(id) {
+            session.set_connected(false);
+        }
+        self.server.end_session(id);
+    }
+
+    /// Ends the connection to a volume, and nobody comes next.
+    pub(crate) fn end_hypervisor(&mut self, volume: &VolumeName) {
+        let Some(busy) = self.hypervisors.busy.get_mut(volume) else { return };
+        busy.next = None;
+        let session = busy.session;
+        match self.hypervisors.keys.get(&session).copied() {
+            Some(key) => self.dismiss(key, &Breach::HungUp),
+            None if self.server.session(session).is_some() => self.server.end_session(session),
+            // It is being opened.
+            None => _ = self.hypervisors.busy.remove(volume),
+        }
+    }
+
+    /// A session has ended, or never began: whoever waits for its volume is next.
+    pub(crate) fn hypervisor_ended(&mut self, session: SessionId) {
+        if let Some(key) = self.hypervisors.keys.get(&session).copied() {
+            self.dismiss(key, &Breach::HungUp);
+        }
+        let volume = self.hypervisors.busy.iter().find(|(_, busy)| busy.session == session);
+        let Some(volume) = volume.map(|(volume, _)| volume.clone()) else { return };
+        if let Some(Busy { next: Some((export, socket)), .. }) =
+            self.hypervisors.busy.remove(&volume)
+        {
+            self.attach_hypervisor(export, socket);
+        }
+    }
+
+    /// A session's volume has another size.
+    pub(crate) fn hypervisor_resized(&mut self, session: SessionId, size: u64) {
+        let key = self.hypervisors.keys.get(&session);
+        if let Some(hypervisor) = key.and_then(|key| self.hypervisors.by_key.get_mut(key)) {
+            hypervisor.resized(size);
+        }
+    }
+}
+
+/// The region of a session that the server makes for somebody who has none.
+pub(crate) fn own_region(
+    volume: &VolumeName,
+    queue_count: u32,
+    client_pid: u32,
+    client_version: &str,
+) -> Result<Region, RegionError> {
+    let mut id = [0; 16];
+    let drawn = rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty());
+    drawn.map_err(|source| RegionError::System {
+        action: "draw a session id",
+        source: source.into(),
+    })?;
+    let geometry =
+        Geometry { queue_count, queue_depth: QUEUE_SIZE_MAX, iovecs_per_slot: 1, arena_size: 4096 };
+    let region = Region::create(RegionParams {
+        version: LayoutVersion::CURRENT,
+        session: SessionId(id),
+        geometry,
+        volume: volume.clone(),
+        client_pid,
+        client_version: client_version.into(),
+    })?;
+    let required = &region.header().features_required;
+    required.store(features::OWN_REGION, std::sync::atomic::Ordering::Release);
+    Ok(region)
+}
+
+fn request_of(export: &Export, socket: OwnedFd) -> Result<AttachRequest, AttachError> {
+    let peer = rustix::net::sockopt::socket_peercred(&socket).ok();
+    let client_pid = peer.map_or(0, |peer| peer.pid.as_raw_nonzero().get() as u32);
+    let region = own_region(&export.volume, export.queues, client_pid, "vhost-user");
+    let region =
+        region.map_err(|source| AttachError::Memory { session: SessionId([0; 16]), source })?;
+    let flags = if export.is_read_only { AttachFlags::READ_ONLY } else { AttachFlags::default() };
+    let vhost = Stored::new(socket).map_err(ResumeError::from)?;
+    Ok(AttachRequest {
+        origin: Origin::Client,
+        region: Arc::new(region),
+        kicks: Vec::new(),
+        calls: Vec::new(),
+        peer: None,
+        ledger: None,
+        memories: Memories::new(),
+        attachment: Attachment {
+            major: 0,
+            attach_flags: flags.0,
+            client_uid: export.uid,
+            client_gid: export.gid,
+            client_pid,
+            incarnation: 0,
+        },
+        vhost: Some(vhost),
+    })
+}
