@@ -26,6 +26,7 @@ use nebd_backend::{
 };
 use nebd_keeper::inherit::{InheritError, Inherited};
 use nebd_keeper::notify::{Notifier, Reregister};
+use nebd_vhost::memory::Backing;
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::Signal;
 
@@ -403,6 +404,10 @@ fn build(
         file_engine,
         shards,
         memory_quota: Arc::new(MemoryQuota::new(config.access.memory_gib_max << 30)),
+        guest_memory: match config.vhost_user.unsealed_memory {
+            true => Backing::AnyFile,
+            false => Backing::Sealed,
+        },
         notices,
     }))
 }

@@ -20,6 +20,7 @@ use nebd_abi::VolumeName;
 use nebd_abi::host::HostPage;
 use nebd_abi::layout::{ServerState, SessionId};
 use nebd_backend::{Backend, FdStore, PreparedVolume};
+use nebd_vhost::memory::Backing;
 
 use crate::fd_store::ServerStore;
 use crate::gate::Gate;
@@ -54,6 +55,8 @@ pub struct Server {
     pub shards: Vec<ShardHandle>,
     /// What each user may register.
     pub memory_quota: Arc<MemoryQuota>,
+    /// Which memory of guests is mapped.
+    pub guest_memory: Backing,
     /// Worker threads.
     pub jobs: Jobs,
     /// Open volumes.
@@ -86,6 +89,7 @@ pub struct ServerParts {
     pub file_engine: String,
     pub shards: Vec<ShardHandle>,
     pub memory_quota: Arc<MemoryQuota>,
+    pub guest_memory: Backing,
     pub notices: crate::control::NoticeSink,
 }
 
@@ -110,6 +114,7 @@ impl Server {
             shards: parts.shards,
             notices: parts.notices,
             memory_quota: parts.memory_quota,
+            guest_memory: parts.guest_memory,
             jobs: Jobs::default(),
             volumes: VolumeTable::default(),
             sessions: Mutex::default(),

@@ -18,7 +18,6 @@ mod stored;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::OnceLock;
 
 use nebd_abi::VolumeName;
 use nebd_abi::control::AttachFlags;
@@ -39,17 +38,6 @@ pub(crate) use stored::{QUEUE_SIZE_MAX, Stored, disk_of};
 
 /// Messages of one hypervisor before others get their turn.
 const MESSAGES_MAX: usize = 64;
-
-static BACKING: OnceLock<Backing> = OnceLock::new();
-
-/// Says which memory of guests is mapped; once, before any is.
-pub(crate) fn set_backing(backing: Backing) {
-    let _ = BACKING.set(backing);
-}
-
-fn backing() -> Backing {
-    BACKING.get().copied().unwrap_or_default()
-}
 
 /// A disk that a hypervisor may attach.
 #[derive(Clone, Debug)]
@@ -101,7 +89,7 @@ impl Control {
 
     fn attach_hypervisor(&mut self, export: Export, socket: OwnedFd) {
         let volume = export.volume.clone();
-        let request = match request_of(&export, socket) {
+        let request = match request_of(&export, socket, self.server.guest_memory) {
             Ok(request) => request,
             Err(error) => {
                 tracing::warn!(%volume, %error, "a hypervisor cannot attach");
@@ -263,14 +251,18 @@ pub(crate) fn own_region(
     Ok(region)
 }
 
-fn request_of(export: &Export, socket: OwnedFd) -> Result<AttachRequest, AttachError> {
+fn request_of(
+    export: &Export,
+    socket: OwnedFd,
+    backing: Backing,
+) -> Result<AttachRequest, AttachError> {
     let peer = rustix::net::sockopt::socket_peercred(&socket).ok();
     let client_pid = peer.map_or(0, |peer| peer.pid.as_raw_nonzero().get() as u32);
     let region = own_region(&export.volume, export.queues, client_pid, "vhost-user");
     let region =
         region.map_err(|source| AttachError::Memory { session: SessionId([0; 16]), source })?;
     let flags = if export.is_read_only { AttachFlags::READ_ONLY } else { AttachFlags::default() };
-    let vhost = Stored::new(socket).map_err(ResumeError::from)?;
+    let vhost = Stored::new(socket, backing).map_err(ResumeError::from)?;
     Ok(AttachRequest {
         origin: Origin::Client,
         region: Arc::new(region),
