@@ -36,6 +36,7 @@ pub use notice::{Notice, NoticeSink, doorbell};
 const LISTENER: u64 = 0;
 const DOORBELL: u64 = 1;
 const PROBE: u64 = 2;
+const FRONTENDS: u64 = 3;
 /// Keys of connections have this bit, keys of client processes have not.
 const CONNECTION: u64 = 1 << 63;
 /// Connections at most; a client needs one for each session.
@@ -84,6 +85,8 @@ impl Control {
         };
         watch(&inputs.listener, LISTENER, epoll::EventFlags::empty())?;
         watch(&inputs.doorbell, DOORBELL, epoll::EventFlags::ET)?;
+        let data = epoll::EventData::new_u64(FRONTENDS);
+        epoll::add(&epoll, server.frontends.ready_fd(), data, epoll::EventFlags::IN)?;
         if let Some(probe) = &inputs.probe {
             watch(probe, PROBE, epoll::EventFlags::ET)?;
         }
@@ -117,12 +120,17 @@ impl Control {
                     LISTENER => self.accept(),
                     DOORBELL => {}
                     PROBE => self.show_life(),
+                    FRONTENDS => crate::frontend::accept(&mut self),
                     key if key & CONNECTION != 0 => self.receive(key),
                     key => self.peer_died(key),
                 }
             }
             self.hear();
         }
+    }
+
+    pub(crate) fn server(&self) -> &Arc<Server> {
+        &self.server
     }
 
     fn host(&self) -> &HostPage {
@@ -322,6 +330,7 @@ impl Control {
             Notice::Parked(session, parked) => {
                 self.tell(session, if parked { Event::Parked } else { Event::Unparked });
             }
+            Notice::Detached(attachment) => crate::frontend::end(self, &attachment),
             Notice::Resized(session, size) => self.tell(session, Event::Resized(size)),
             Notice::Ended(session) => {
                 self.unwatch_peer(session);

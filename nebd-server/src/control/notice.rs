@@ -7,6 +7,7 @@ use crossbeam::channel::{Receiver, Sender, unbounded};
 use nebd_abi::layout::SessionId;
 use rustix::event::EventfdFlags;
 
+use crate::frontend::Attachment;
 use crate::session::Session;
 
 /// Something that happened on a worker thread.
@@ -25,6 +26,8 @@ pub enum Notice {
         /// The connection.
         connection: u64,
     },
+    /// An attachment is being detached: its connections are to be ended.
+    Detached(Arc<Attachment>),
     /// A session's volume was parked, or goes on.
     Parked(SessionId, bool),
     /// A session's volume has a new size.
