@@ -33,6 +33,7 @@ use rustix::process::Signal;
 use crate::config::{Config, ConfigError};
 use crate::control::{Control, ControlInputs, NoticeSink, doorbell};
 use crate::fd_store::ServerStore;
+use crate::frontend::{Frontends, Places};
 use crate::holdings::{Holdings, LOCK};
 use crate::registry::{Registry, RegistryError, host_major};
 use crate::server::{AttachRequest, Server, ServerParts};
@@ -343,6 +344,7 @@ impl Assembly {
         let mut this = self;
         this.watch_keeper()?;
         let Assembly { server, holdings, control, admin, .. } = this;
+        server.frontends.open(&server.store);
         let admin = crate::admin::spawn(admin.into(), server.clone())
             .map_err(system("start the admin service"))?;
         server.upgrades.set_admin(admin);
@@ -409,6 +411,7 @@ fn build(
             false => Backing::Sealed,
         },
         notices,
+        frontends: Frontends::new(Places::of(config)?).map_err(system("set up the frontends"))?,
     }))
 }
 

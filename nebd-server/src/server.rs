@@ -8,7 +8,7 @@
 //! Methods here may block; the control thread calls them on worker threads ([`crate::jobs`]).
 
 mod attach;
-mod operator;
+pub(crate) mod operator;
 mod status;
 
 use std::collections::{BTreeSet, HashMap};
@@ -23,6 +23,7 @@ use nebd_backend::{Backend, FdStore, PreparedVolume};
 use nebd_vhost::memory::Backing;
 
 use crate::fd_store::ServerStore;
+use crate::frontend::Frontends;
 use crate::gate::Gate;
 use crate::jobs::Jobs;
 use crate::quarantine::Quarantine;
@@ -63,6 +64,8 @@ pub struct Server {
     pub volumes: VolumeTable,
     /// Where notices to the control thread go.
     pub notices: crate::control::NoticeSink,
+    /// Attachments for hypervisors without our library.
+    pub frontends: Frontends,
     sessions: Mutex<HashMap<SessionId, Entry>>,
     /// The connections that speak for sessions; a successor gets them.
     speakers: Mutex<HashMap<SessionId, Arc<OwnedFd>>>,
@@ -91,6 +94,7 @@ pub struct ServerParts {
     pub memory_quota: Arc<MemoryQuota>,
     pub guest_memory: Backing,
     pub notices: crate::control::NoticeSink,
+    pub frontends: Frontends,
 }
 
 struct Entry {
@@ -113,6 +117,7 @@ impl Server {
             file_engine: parts.file_engine,
             shards: parts.shards,
             notices: parts.notices,
+            frontends: parts.frontends,
             memory_quota: parts.memory_quota,
             guest_memory: parts.guest_memory,
             jobs: Jobs::default(),
