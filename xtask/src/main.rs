@@ -6,6 +6,7 @@ mod cargo;
 mod ci;
 mod curve_example;
 mod demo;
+mod guest_tools;
 mod hypervisors;
 mod install;
 mod install_rbd;
