@@ -174,11 +174,11 @@ impl<'a, B: Backing> Run<'a, B> {
         })
     }
 
-    /// The takeover happens while the guest boots.
+    /// The reset is one of the hardware: a guest that reboots by itself first takes the bus from its disks,
+    /// and whatever is in flight then fails. The takeover happens while requests are drained, and the
+    /// guest boots.
     fn reset(&mut self) -> Result<(), GuestError> {
-        self.machine.command(Command::Reset);
-        let is_reset = |machine: &Machine| machine.state() == Some(State::Absent);
-        self.machine.wait_for("the guest's reset", PROGRESS_TIME_MAX, is_reset)?;
+        self.machine.reset()?;
         self.backing.strike(Fault::Reset)
     }
 

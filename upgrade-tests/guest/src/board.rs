@@ -102,15 +102,13 @@ numbered! {
         Rest = 1,
         /// Switch off.
         PowerOff = 2,
-        /// Reset at once, with everything in flight.
-        Reset = 3,
     }
 }
 
 numbered! {
     /// What the guest does.
     State {
-        /// Not even its program runs.
+        /// Its program does not run, or not yet; the host writes this when it resets the guest.
         Absent = 0,
         /// Makes and mounts file systems, compares what an earlier boot left.
         Prepares = 1,
@@ -302,7 +300,7 @@ mod tests {
         assert_eq!(last_of(0) + 1, entry_word(1, 0));
         assert!(gap_word(DISKS_MAX - 1, EPOCHS_MAX - 1) < ENTRIES_AT);
         assert!(disk_word(DISKS_MAX - 1, OfDisk::GapMax) < GAPS_AT);
-        assert_eq!(Command::from_word(3), Some(Command::Reset));
+        assert_eq!(Command::from_word(2), Some(Command::PowerOff));
         assert_eq!(State::from_word(9), None);
     }
 }

@@ -96,6 +96,13 @@ impl Machine {
         Ok(())
     }
 
+    /// Resets the guest with everything in flight.
+    pub fn reset(&mut self) -> Result<(), GuestError> {
+        self.monitor("system_reset")?;
+        self.board.set(Common::State, State::Absent as u64);
+        Ok(())
+    }
+
     /// The board.
     pub fn board(&self) -> &Board<BoardFile> {
         &self.board

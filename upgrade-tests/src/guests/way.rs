@@ -201,7 +201,8 @@ impl Nebd {
         self.begin_takeover()?;
         self.host.wait_for("the failpoint", |host| host.armed() == 0)?;
         self.end_takeover("the end of a takeover that fails", |state| {
-            matches!(state, UpgradeState::Failed | UpgradeState::RolledBack)
+            use UpgradeState::{Failed, Refused, RolledBack};
+            matches!(state, Failed | Refused | RolledBack)
         })?;
         self.host.wait_for("the old server serves on", |host| host.server_pid() == Some(server))?;
         Ok(self.host.wait_for_order()?)

@@ -68,11 +68,6 @@ fn run() -> Result<()> {
         }
         match Command::from_word(word & 0xff) {
             Some(Command::Rest) => rest(board, &stop, &mut disks)?,
-            Some(Command::Reset) => {
-                board.set(Common::Answered, word);
-                board.set(Common::State, State::Absent as u64);
-                system::reset();
-            }
             Some(Command::PowerOff) => system::power_off(),
             None => println!("GUEST-FAILED command {word:#x}"),
         }

@@ -96,13 +96,6 @@ pub fn unmount_disk(at: &Path) -> Result<()> {
     unmount(at, UnmountFlags::empty()).with_context(|| format!("unmount {}", at.display()))
 }
 
-/// Resets the machine, with everything in flight.
-pub fn reset() {
-    if let Err(error) = reboot(RebootCommand::Restart) {
-        println!("GUEST-FAILED reset: {error}");
-    }
-}
-
 /// Switches the machine off.
 pub fn power_off() -> ! {
     if let Err(error) = reboot(RebootCommand::PowerOff) {
