@@ -15,6 +15,7 @@ mod error;
 mod fault;
 mod file_board;
 mod machine;
+mod peer;
 mod plan;
 mod summary;
 mod way;
@@ -37,14 +38,15 @@ use way::Nebd;
 pub use error::GuestError;
 pub use fault::{Fault, FaultParseError};
 pub use machine::Disk;
+pub use peer::{PEERS, Peer, Row, compare, table};
 pub use plan::plan;
 pub use summary::{FaultSummary, Happened, WaySummary};
 pub use way::{Backing, NebdConfig, Way, WayParseError, rbd_library};
 
 /// A guest that takes longer to boot, or to compare everything, hangs.
 const BOOT_TIME_MAX: Duration = Duration::from_secs(180);
-/// A disk that does not go on for so long hangs.
-const PROGRESS_TIME_MAX: Duration = Duration::from_secs(90);
+/// A disk that does not go on for so long hangs, if nothing else is said.
+pub const PATIENCE: Duration = Duration::from_secs(90);
 /// Longest load between two faults.
 const PAUSE_MS_MAX: u64 = 400;
 /// After a fault, so that what it brought about still counts as its own.
@@ -69,6 +71,8 @@ pub struct GuestConfig {
     pub faults: Vec<Fault>,
     /// How long a halted guest stands still.
     pub halt: Duration,
+    /// A disk that does not go on for so long hangs.
+    pub patience: Duration,
     /// Seed of what is left to chance.
     pub seed: u64,
     /// Set when the end is wanted.
@@ -83,8 +87,14 @@ pub fn run(
     progress: impl FnMut(&Happened),
 ) -> Result<WaySummary, GuestError> {
     let backing = Nebd::start(nebd, way, &DISKS)?;
-    let name = format!("{way}, {}", nebd.backend);
-    Run::start(config, &DISKS, backing)?.to_the_end(name, progress)
+    let mut run = Run::start(config, &DISKS, backing)?;
+    let mut happened = Vec::new();
+    run.meet_all(&mut happened, progress)?;
+    let way = format!("{way}, {}", nebd.backend);
+    let mut summary = WaySummary { way, ..WaySummary::default() };
+    summary.sum_up(&happened);
+    run.finish(&mut summary)?;
+    Ok(summary)
 }
 
 /// A guest, and what stands behind its disks.
@@ -124,12 +134,12 @@ impl<'a, B: Backing> Run<'a, B> {
         Ok(Run { config, machine, backing, dice, begun, epoch: 0, _dir: dir })
     }
 
-    fn to_the_end(
-        mut self,
-        way: String,
+    /// All faults, up to the first after which something is wrong.
+    fn meet_all(
+        &mut self,
+        happened: &mut Vec<Happened>,
         mut progress: impl FnMut(&Happened),
-    ) -> Result<WaySummary, GuestError> {
-        let mut happened = Vec::new();
+    ) -> Result<(), GuestError> {
         for fault in self.config.faults.clone() {
             let one = self.meet(fault).map_err(|error| self.explain(fault, error))?;
             progress(&one);
@@ -138,10 +148,7 @@ impl<'a, B: Backing> Run<'a, B> {
                 break;
             }
         }
-        let mut summary = WaySummary { way, ..WaySummary::default() };
-        summary.sum_up(&happened);
-        self.finish(&mut summary)?;
-        Ok(summary)
+        Ok(())
     }
 
     /// One fault: a new epoch, what happens, and every disk going on after it.
@@ -154,6 +161,7 @@ impl<'a, B: Backing> Run<'a, B> {
         match fault {
             Fault::Nothing => std::thread::sleep(AFTER),
             Fault::Reset => self.reset()?,
+            Fault::Reboot => self.reboot()?,
             Fault::Pause => self.pause()?,
             Fault::QemuKill => self.machine.kill_and_start()?,
             _ => self.backing.strike(fault)?,
@@ -182,6 +190,13 @@ impl<'a, B: Backing> Run<'a, B> {
         self.backing.strike(Fault::Reset)
     }
 
+    fn reboot(&mut self) -> Result<(), GuestError> {
+        self.machine.command(Command::Reboot);
+        self.backing.strike(Fault::Reboot)?;
+        let is_gone = |machine: &Machine| machine.state() != Some(State::Works);
+        self.machine.wait_for("the guest to boot again", self.config.patience, is_gone)
+    }
+
     fn pause(&mut self) -> Result<(), GuestError> {
         let halted = Instant::now();
         self.machine.monitor("stop")?;
@@ -196,7 +211,7 @@ impl<'a, B: Backing> Run<'a, B> {
         let depths: Vec<u64> = self.machine.disks().iter().map(|disk| 2 * disk.depth).collect();
         let before = self.machine.counts(OfDisk::Requests);
         let waited_for = format!("IO on every disk after: {fault}");
-        self.machine.wait_for(&waited_for, PROGRESS_TIME_MAX, |machine| {
+        self.machine.wait_for(&waited_for, self.config.patience, |machine| {
             let now = machine.counts(OfDisk::Requests);
             now.iter().zip(&before).zip(&depths).all(|((now, before), depth)| now - before > *depth)
         })

@@ -102,6 +102,8 @@ numbered! {
         Rest = 1,
         /// Switch off.
         PowerOff = 2,
+        /// End the load, unmount, and boot again.
+        Reboot = 3,
     }
 }
 

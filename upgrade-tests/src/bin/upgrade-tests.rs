@@ -139,9 +139,17 @@ struct Guests {
     #[arg(long, default_value_t = 20)]
     takeovers: usize,
     /// Only these faults, each as often as --kills says: nothing, kill, down, crash, stop, takeover,
-    /// failed-takeover, stop-in-takeover, reset, pause, qemu-kill.
+    /// failed-takeover, stop-in-takeover, reset, reboot, pause,
+    /// qemu-kill.
     #[arg(long, value_delimiter = ',')]
     only: Vec<Fault>,
+    /// Spoil the disks behind the server's back, and nothing else; fail unless the guest complains.
+    #[arg(long)]
+    spoil: bool,
+    /// Instead, kill other servers beside ours, as often as --kills says and as often for 2 s, and
+    /// compare the gaps in the guest.
+    #[arg(long)]
+    peers: bool,
     /// Seconds that a halted guest stands still.
     #[arg(long, default_value_t = 30)]
     halt_seconds: u64,
@@ -282,6 +290,7 @@ fn run_guests(args: Guests) -> anyhow::Result<bool> {
         seed: args.seed,
     };
     let faults = match &args.only[..] {
+        _ if args.spoil => vec![Fault::Spoil],
         [] => guests::plan(args.kills, args.takeovers, args.seed),
         only => only.repeat(args.kills),
     };
@@ -290,9 +299,13 @@ fn run_guests(args: Guests) -> anyhow::Result<bool> {
         verifier: guests::verifier(args.verifier.as_deref())?,
         faults,
         halt: Duration::from_secs(args.halt_seconds),
+        patience: guests::PATIENCE,
         seed: args.seed,
         interrupted,
     };
+    if args.peers {
+        return compare_peers(&config, &nebd, &args.way, args.kills, args.json);
+    }
     let mut summaries = Vec::new();
     for way in args.way {
         eprintln!("{way}: {} faults", config.faults.len());
@@ -303,7 +316,12 @@ fn run_guests(args: Guests) -> anyhow::Result<bool> {
                 "{at_seconds:7.1} s {fault:<24} {in_flight:>3} in flight, gap {gap:.0} ms, files {files:.0} ms"
             );
         })?;
-        println!("{summary}");
+        if args.spoil {
+            let mismatches = summary.mismatches;
+            println!("{way}: the disks were spoiled, and the guest found {mismatches} mismatches");
+        } else {
+            println!("{summary}");
+        }
         summaries.push(summary);
         if config.interrupted.load(SeqCst) {
             anyhow::bail!("interrupted");
@@ -312,7 +330,27 @@ fn run_guests(args: Guests) -> anyhow::Result<bool> {
     if args.json {
         println!("{}", serde_json::to_string(&summaries)?);
     }
-    Ok(summaries.iter().all(WaySummary::is_clean))
+    let is_noticed = |summary: &WaySummary| summary.mismatches > 0 && !summary.is_clean();
+    Ok(summaries.iter().all(if args.spoil { is_noticed } else { WaySummary::is_clean }))
+}
+
+/// What peers do is told, and what ours does is judged.
+fn compare_peers(
+    config: &GuestConfig,
+    nebd: &NebdConfig,
+    ways: &[Way],
+    times: usize,
+    json: bool,
+) -> anyhow::Result<bool> {
+    let config = GuestConfig { patience: Duration::from_secs(30), ..config.clone() };
+    let rows = guests::compare(&config, nebd, ways, times, |row| {
+        eprint!("{}", guests::table(std::slice::from_ref(row)));
+    })?;
+    print!("gaps in ms: median, worst (times)\n\n{}", guests::table(&rows));
+    if json {
+        println!("{}", serde_json::to_string(&rows)?);
+    }
+    Ok(rows[..ways.len()].iter().all(guests::Row::is_clean))
 }
 
 fn run_device(run: &Run) -> anyhow::Result<bool> {

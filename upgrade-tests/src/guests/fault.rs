@@ -26,15 +26,19 @@ pub enum Fault {
     StopInTakeover,
     /// The guest is reset with everything in flight, and boots while a planned takeover happens.
     Reset,
+    /// The guest unmounts and boots again, and a planned takeover happens meanwhile.
+    Reboot,
     /// The guest is halted, a planned takeover happens, and it goes on later.
     Pause,
     /// QEMU is killed with everything in flight, and started again on the same volumes.
     QemuKill,
+    /// A part of every disk loses what was written there: to see that this is noticed.
+    Spoil,
 }
 
 impl Fault {
-    /// All of them.
-    pub const ALL: [Fault; 11] = [
+    /// All that do no harm.
+    pub const ALL: [Fault; 12] = [
         Fault::Nothing,
         Fault::Kill,
         Fault::KillAndDown,
@@ -44,6 +48,7 @@ impl Fault {
         Fault::FailedTakeover,
         Fault::StopInTakeover,
         Fault::Reset,
+        Fault::Reboot,
         Fault::Pause,
         Fault::QemuKill,
     ];
@@ -55,12 +60,12 @@ impl Fault {
 
     /// Whether a planned takeover is carried out.
     pub fn is_takeover(self) -> bool {
-        matches!(self, Fault::Takeover | Fault::Reset | Fault::Pause)
+        matches!(self, Fault::Takeover | Fault::Reset | Fault::Reboot | Fault::Pause)
     }
 
     /// Whether the guest is the same one after it, so that gaps in it mean something.
     pub fn leaves_guest(self) -> bool {
-        !matches!(self, Fault::Reset | Fault::QemuKill)
+        !matches!(self, Fault::Reset | Fault::Reboot | Fault::QemuKill)
     }
 }
 
@@ -83,6 +88,7 @@ impl FromStr for Fault {
             "failed-takeover" => Fault::FailedTakeover,
             "stop-in-takeover" => Fault::StopInTakeover,
             "reset" => Fault::Reset,
+            "reboot" => Fault::Reboot,
             "pause" => Fault::Pause,
             "qemu-kill" => Fault::QemuKill,
             _ => return Err(FaultParseError(text.into())),
@@ -102,8 +108,10 @@ impl fmt::Display for Fault {
             Fault::FailedTakeover => "failed takeover",
             Fault::StopInTakeover => "SIGSTOP in a takeover",
             Fault::Reset => "guest reset, takeover",
+            Fault::Reboot => "guest reboot, takeover",
             Fault::Pause => "guest halted, takeover",
             Fault::QemuKill => "QEMU killed",
+            Fault::Spoil => "disks spoiled",
         })
     }
 }

@@ -15,7 +15,7 @@ const KILLS: [Fault; 8] = [
     Fault::Kill,
 ];
 /// What befalls the guest itself.
-const OF_GUEST: [Fault; 3] = [Fault::Reset, Fault::Pause, Fault::QemuKill];
+const OF_GUEST: [Fault; 4] = [Fault::Reset, Fault::Pause, Fault::QemuKill, Fault::Reboot];
 
 /// So many kills and planned takeovers, and what belongs to them: takeovers that fail, moments in which
 /// nothing happens, and each thing that befalls the guest itself once for every hundred.
@@ -55,11 +55,11 @@ mod tests {
         for fault in Fault::ALL {
             assert!(long.contains(&fault), "{fault}");
         }
-        let short = plan(4, 3, 1);
-        assert_eq!((count(&short, Fault::is_kill), count(&short, Fault::is_takeover)), (4, 3));
+        let short = plan(4, 4, 1);
+        assert_eq!((count(&short, Fault::is_kill), count(&short, Fault::is_takeover)), (4, 4));
         for fault in Fault::ALL {
             assert!(short.contains(&fault), "{fault}");
         }
-        assert_ne!(plan(4, 3, 1), plan(4, 3, 2));
+        assert_ne!(plan(4, 4, 1), plan(4, 4, 2));
     }
 }

@@ -1,6 +1,8 @@
 //! Ways for a disk to come into a guest, and the server behind each.
 
 use std::fmt;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
@@ -9,14 +11,14 @@ use nebd_rpc::admin::{Upgrade, UpgradeState};
 use nix::sys::signal::Signal;
 use serde::Serialize;
 
-use super::error::GuestError;
+use super::error::{GuestError, system};
 use super::fault::Fault;
 use super::machine::Disk;
 use crate::stamp::Dice;
 use crate::supervisor::{Host, HostConfig, wait_for_death};
 
 /// So long no server runs after [`Fault::KillAndDown`].
-const DOWN: Duration = Duration::from_secs(2);
+pub(super) const DOWN: Duration = Duration::from_secs(2);
 /// After that a planned takeover has ended, one way or the other.
 const TAKEOVER_TIME_MAX: Duration = Duration::from_secs(30);
 /// A step of a takeover takes no longer than this: what ends a silence.
@@ -35,6 +37,9 @@ const FAILING_POINTS: [&str; 6] = [
 /// How.
 const FAILING_ACTIONS: [&str; 2] = ["kill", "segv"];
 const BLOCK_BYTES: u32 = 4096;
+/// Which MiB of a disk lose their content when it is spoiled: not those in which a file system has what
+/// it needs to be mounted.
+const SPOILED: [u64; 3] = [20, 30, 50];
 
 /// How disks come into the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -150,7 +155,7 @@ impl Nebd {
         std::thread::sleep(DOWN);
         self.host.signal(keeper, Signal::SIGCONT)?;
         killed?;
-        dead.map_err(super::error::system("wait for a death"))?;
+        dead.map_err(system("wait for a death"))?;
         self.host.wait_for_successor(server)?;
         Ok(())
     }
@@ -206,6 +211,20 @@ impl Nebd {
         })?;
         self.host.wait_for("the old server serves on", |host| host.server_pid() == Some(server))?;
         Ok(self.host.wait_for_order()?)
+    }
+
+    /// Behind the server's back, in the images.
+    fn spoil(&mut self) -> Result<(), GuestError> {
+        let images = self.host.state_dir().join("images");
+        for index in 0..self.disks {
+            let image =
+                File::options().write(true).open(images.join(format!("{}.img", volume(index))));
+            let image = image.map_err(system("open an image"))?;
+            for at in SPOILED.iter().map(|mib| mib << 20) {
+                image.write_all_at(&[0; 1 << 20], at).map_err(system("spoil an image"))?;
+            }
+        }
+        Ok(())
     }
 
     /// The candidate is about to be ready when the old server is stopped.
@@ -266,9 +285,10 @@ impl Backing for Nebd {
             Fault::KillAndDown => self.kill_and_down(),
             Fault::Crash => self.kill(Signal::SIGSEGV),
             Fault::Stop => self.kill(Signal::SIGSTOP),
-            Fault::Takeover | Fault::Reset | Fault::Pause => self.takeover(),
+            Fault::Takeover | Fault::Reset | Fault::Reboot | Fault::Pause => self.takeover(),
             Fault::FailedTakeover => self.failed_takeover(),
             Fault::StopInTakeover => self.stop_in_takeover(),
+            Fault::Spoil => self.spoil(),
         }
     }
 
@@ -283,7 +303,7 @@ pub fn rbd_library(told: Option<&Path>) -> Result<PathBuf, GuestError> {
         Some(dir) => dir.to_owned(),
         None => {
             let exe = std::env::current_exe();
-            let exe = exe.map_err(super::error::system("find this program"))?;
+            let exe = exe.map_err(system("find this program"))?;
             exe.parent().unwrap_or(&exe).join("../lib/nebd/rbd")
         }
     };

@@ -78,9 +78,14 @@ impl FileDisk {
         Ok(status.success())
     }
 
+    /// Unmounts.
+    pub fn unmount(&self) -> Result<()> {
+        system::unmount_disk(&self.mounted)
+    }
+
     /// Unmounts, and has the file system checked.
     pub fn unmount_and_check(&self) -> Result<()> {
-        system::unmount_disk(&self.mounted)?;
+        self.unmount()?;
         let is_clean = match self.kind {
             Kind::Xfs => self.tool("/sbin/xfs_repair", &["-n"])?,
             _ => self.tool("/sbin/e2fsck", &["-f", "-n"])?,

@@ -68,6 +68,15 @@ fn run() -> Result<()> {
         }
         match Command::from_word(word & 0xff) {
             Some(Command::Rest) => rest(board, &stop, &mut disks)?,
+            Some(Command::Reboot) => {
+                stop.store(true, SeqCst);
+                for disk in &mut disks {
+                    disk.leave()?;
+                }
+                board.set(Common::Answered, word);
+                board.set(Common::State, State::Absent as u64);
+                system::boot_again();
+            }
             Some(Command::PowerOff) => system::power_off(),
             None => println!("GUEST-FAILED command {word:#x}"),
         }
@@ -168,12 +177,25 @@ impl Disk {
         }
     }
 
-    fn rest(&mut self) -> Result<()> {
+    fn join(&mut self) {
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 println!("GUEST-FAILED a thread panicked");
             }
         }
+    }
+
+    /// As an orderly guest does before it boots again.
+    fn leave(&mut self) -> Result<()> {
+        self.join();
+        match &*self.content {
+            Content::Files(files) => files.unmount(),
+            Content::Raw(_) => Ok(()),
+        }
+    }
+
+    fn rest(&mut self) -> Result<()> {
+        self.join();
         self.compare();
         match &*self.content {
             Content::Files(files) => files.unmount_and_check(),

@@ -96,6 +96,13 @@ pub fn unmount_disk(at: &Path) -> Result<()> {
     unmount(at, UnmountFlags::empty()).with_context(|| format!("unmount {}", at.display()))
 }
 
+/// Boots again.
+pub fn boot_again() {
+    if let Err(error) = reboot(RebootCommand::Restart) {
+        println!("GUEST-FAILED reboot: {error}");
+    }
+}
+
 /// Switches the machine off.
 pub fn power_off() -> ! {
     if let Err(error) = reboot(RebootCommand::PowerOff) {
