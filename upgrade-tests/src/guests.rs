@@ -158,6 +158,7 @@ impl<'a, B: Backing> Run<'a, B> {
         self.machine.board().set(Common::Epoch, self.epoch);
         let in_flight = self.machine.board().of_disk(0, OfDisk::InFlight);
         let at_seconds = self.begun.elapsed().as_secs_f64();
+        let begun = Instant::now();
         match fault {
             Fault::Nothing => std::thread::sleep(AFTER),
             Fault::Reset => self.reset()?,
@@ -166,6 +167,7 @@ impl<'a, B: Backing> Run<'a, B> {
             Fault::QemuKill => self.machine.kill_and_start()?,
             _ => self.backing.strike(fault)?,
         }
+        let host_us = begun.elapsed().as_micros() as u64;
         if !fault.leaves_guest() {
             wait_until_works(&mut self.machine)?;
         }
@@ -178,6 +180,7 @@ impl<'a, B: Backing> Run<'a, B> {
             gap_us: board.gap(0, self.epoch),
             files_gap_us: files.map(|disk| board.gap(disk, self.epoch)).max().unwrap_or(0),
             in_flight,
+            host_us,
             at_seconds,
         })
     }

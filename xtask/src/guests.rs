@@ -65,7 +65,8 @@ pub fn run(args: &GuestsArgs) -> Result<Option<String>> {
         tests.args(["guests", "--halt-seconds", &args.halt_seconds.to_string()]);
         tests.arg("--tools").arg(&dir).arg("--verifier").arg(&programs.verifier);
         tests.arg("--rbd-library").arg(lib_dir.join(install_rbd::DIRECTORY));
-        tests.arg("--nebd-server").arg(&programs.server).args(&args.more);
+        tests.arg("--nebd-server").arg(&programs.server);
+        tests.arg("--nebdctl").arg(&programs.nebdctl).args(&args.more);
         tests
     };
     // First that it would be noticed if something were wrong.
@@ -78,6 +79,7 @@ pub fn run(args: &GuestsArgs) -> Result<Option<String>> {
 struct Programs {
     tests: PathBuf,
     server: PathBuf,
+    nebdctl: PathBuf,
     verifier: PathBuf,
 }
 
@@ -91,6 +93,7 @@ impl Programs {
         };
         let profile = ["--profile", profile.name()];
         let tests = build("nebd-upgrade-tests", "upgrade-tests", &profile)?;
+        let nebdctl = build("nebdctl", "nebdctl", &profile)?;
         // Quick code, for the guest is slow; static, for it is alone there.
         let is_static = ["--profile", "release", "--", "-C", "target-feature=+crt-static"];
         let built = build("nebd-guest", "guest-verifier", &is_static)?;
@@ -102,6 +105,6 @@ impl Programs {
         let built = build("nebd-server", "nebd-server", &hooks)?;
         let _ = fs::remove_file(&server);
         fs::copy(built, &server)?;
-        Ok(Programs { tests, server, verifier })
+        Ok(Programs { tests, server, nebdctl, verifier })
     }
 }

@@ -129,7 +129,7 @@ struct MatrixArgs {
 
 #[derive(Args)]
 struct Guests {
-    /// How disks come into the guest, one guest after the other: linked.
+    /// How disks come into the guest, one guest after the other: linked, vhost-user, nbd.
     #[arg(long, value_delimiter = ',', default_value = "linked")]
     way: Vec<Way>,
     /// Deaths of the server under each guest.
@@ -174,6 +174,9 @@ struct Guests {
     /// nebd-server, of a build with the feature test-hooks [default: beside this program]
     #[arg(long)]
     nebd_server: Option<PathBuf>,
+    /// nebdctl [default: on the path]
+    #[arg(long)]
+    nebdctl: Option<PathBuf>,
     /// Print the result as JSON, on the last line.
     #[arg(long)]
     json: bool,
@@ -284,6 +287,7 @@ fn run_guests(args: Guests) -> anyhow::Result<bool> {
     guests::watch_signals(&interrupted)?;
     let nebd = NebdConfig {
         server: Programs::find_server(args.nebd_server)?,
+        nebdctl: args.nebdctl.unwrap_or_else(|| "nebdctl".into()),
         rbd_library: guests::rbd_library(args.rbd_library.as_deref())?,
         backend: args.backend,
         standby: args.standby,
@@ -310,10 +314,11 @@ fn run_guests(args: Guests) -> anyhow::Result<bool> {
     for way in args.way {
         eprintln!("{way}: {} faults", config.faults.len());
         let summary = guests::run(&config, &nebd, way, |happened| {
-            let Happened { fault, gap_us, files_gap_us, in_flight, at_seconds } = happened;
-            let (gap, files) = (*gap_us as f64 / 1e3, *files_gap_us as f64 / 1e3);
+            let Happened { fault, gap_us, files_gap_us, in_flight, host_us, at_seconds } = happened;
+            let [gap, files, host] = [gap_us, files_gap_us, host_us].map(|us| *us as f64 / 1e3);
             eprintln!(
-                "{at_seconds:7.1} s {fault:<24} {in_flight:>3} in flight, gap {gap:.0} ms, files {files:.0} ms"
+                "{at_seconds:7.1} s {fault:<24} {in_flight:>3} in flight, gap {gap:.0} ms, \
+                 files {files:.0} ms; host {host:.0} ms"
             );
         })?;
         if args.spoil {

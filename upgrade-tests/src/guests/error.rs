@@ -43,6 +43,9 @@ pub enum GuestError {
         /// What the guest, QEMU and the server said last.
         log: String,
     },
+    /// A volume is not served to QEMU.
+    #[error("nebdctl attach: {0}")]
+    Attach(String),
     /// QEMU is gone.
     #[error("QEMU ended by itself\n{0}")]
     Gone(String),

@@ -21,6 +21,8 @@ pub struct FaultSummary {
     pub files_gap_worst_ms: f64,
     /// Fewest requests in flight on the disk without a file system, the moment before.
     pub in_flight_min: u64,
+    /// The longest that the host took to put another server in the place, or the old one again.
+    pub host_worst_ms: f64,
     /// How long after the guest began the longest came, in seconds.
     pub worst_at_seconds: f64,
 }
@@ -36,6 +38,8 @@ pub struct Happened {
     pub files_gap_us: u64,
     /// Requests in flight the moment before, on the disk without a file system.
     pub in_flight: u64,
+    /// How long the host's part took: until another server served, or the old one again; in microseconds.
+    pub host_us: u64,
     /// How long after the guest began, in seconds.
     pub at_seconds: f64,
 }
@@ -96,6 +100,7 @@ impl WaySummary {
                 gap_worst_ms: ms(worst.gap_us),
                 files_gap_worst_ms: ms(of.iter().map(|one| one.files_gap_us).max().unwrap_or(0)),
                 in_flight_min: of.iter().map(|one| one.in_flight).min().unwrap_or(0),
+                host_worst_ms: ms(of.iter().map(|one| one.host_us).max().unwrap_or(0)),
                 worst_at_seconds: worst.at_seconds,
             };
             self.faults.insert(fault, summary);
@@ -155,6 +160,7 @@ mod tests {
             gap_us,
             files_gap_us: 2 * gap_us,
             in_flight: gap_us / 1000,
+            host_us: gap_us,
             at_seconds: gap_us as f64,
         };
         let happened = [

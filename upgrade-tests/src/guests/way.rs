@@ -4,6 +4,7 @@ use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
@@ -47,11 +48,15 @@ const SPOILED: [u64; 3] = [20, 30, 50];
 pub enum Way {
     /// QEMU's rbd driver, with our library in the place of Ceph's.
     Linked,
+    /// QEMU's vhost-user-blk device.
+    VhostUser,
+    /// QEMU's NBD client.
+    Nbd,
 }
 
 /// A text names no way.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no way into a guest: linked")]
+#[error("{0:?} is no way into a guest: linked, vhost-user, nbd")]
 pub struct WayParseError(String);
 
 impl FromStr for Way {
@@ -60,6 +65,8 @@ impl FromStr for Way {
     fn from_str(text: &str) -> Result<Way, WayParseError> {
         match text {
             "linked" => Ok(Way::Linked),
+            "vhost-user" => Ok(Way::VhostUser),
+            "nbd" => Ok(Way::Nbd),
             _ => Err(WayParseError(text.into())),
         }
     }
@@ -69,6 +76,8 @@ impl fmt::Display for Way {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Way::Linked => "linked",
+            Way::VhostUser => "vhost-user",
+            Way::Nbd => "nbd",
         })
     }
 }
@@ -101,6 +110,8 @@ pub struct Nebd {
 pub struct NebdConfig {
     /// `nebd-server`, with failpoints.
     pub server: PathBuf,
+    /// `nebdctl`.
+    pub nebdctl: PathBuf,
     /// The directory that has our `librbd.so.1`.
     pub rbd_library: PathBuf,
     /// `file` or `mem`.
@@ -123,6 +134,9 @@ impl Nebd {
         for (index, disk) in disks.iter().enumerate() {
             let name = format!("{}:{}", config.backend, volume(index));
             host.admin()?.create(&name, disk.bytes, BLOCK_BYTES)?;
+            if way != Way::Linked {
+                attach(&config.nebdctl, &host, &name, way, &socket(&host, index))?;
+            }
         }
         Ok(Nebd {
             way,
@@ -247,12 +261,53 @@ fn volume(index: usize) -> String {
     format!("guest{index}")
 }
 
+/// Where a volume is served to QEMU.
+fn socket(host: &Host, index: usize) -> PathBuf {
+    host.socket().with_file_name(format!("disk{index}.sock"))
+}
+
+fn attach(
+    nebdctl: &Path,
+    host: &Host,
+    volume: &str,
+    way: Way,
+    socket: &Path,
+) -> Result<(), GuestError> {
+    let mut command = Command::new(nebdctl);
+    command.args(["attach", volume, "--as", &way.to_string(), "--socket"]).arg(socket);
+    command.env("NEBD_SOCKET", host.socket()).stdin(Stdio::null());
+    let output = command.output().map_err(system("start nebdctl"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(GuestError::Attach(String::from_utf8_lossy(&output.stderr).trim_end().to_owned()))
+}
+
 impl Backing for Nebd {
     fn arguments(&self) -> Vec<String> {
         let mut arguments = vec!["-object".to_owned(), "iothread,id=io0".into()];
         for index in 0..self.disks {
             let volume = volume(index);
+            let socket = socket(&self.host, index);
+            let socket = socket.display();
             match self.way {
+                Way::VhostUser => arguments.extend([
+                    "-chardev".into(),
+                    format!("socket,id=c{index},path={socket},reconnect-ms=100"),
+                    "-device".into(),
+                    format!("vhost-user-blk-pci,chardev=c{index},num-queues=1"),
+                ]),
+                Way::Nbd => arguments.extend([
+                    "-blockdev".into(),
+                    format!(
+                        "driver=nbd,node-name=disk{index},server.type=unix,server.path={socket},\
+                         export={}:{volume},reconnect-delay=60,open-timeout=10,cache.direct=on,\
+                         discard=unmap",
+                        self.backend
+                    ),
+                    "-device".into(),
+                    format!("virtio-blk-pci,drive=disk{index},iothread=io0"),
+                ]),
                 Way::Linked => arguments.extend([
                     "-blockdev".into(),
                     format!(
@@ -275,6 +330,7 @@ impl Backing for Nebd {
                 ("NEBD_SOCKET".into(), self.host.socket().display().to_string()),
                 ("NEBD_LOG".into(), "1".into()),
             ],
+            Way::VhostUser | Way::Nbd => Vec::new(),
         }
     }
 
