@@ -29,13 +29,15 @@ pub mod device;
 pub mod fence_store;
 pub mod file_device;
 pub mod growth;
+pub mod guests;
 pub mod load;
 pub mod matrix;
 pub mod memory;
 pub mod oracle;
 pub mod report;
-pub mod stamp;
 pub mod stream;
 pub mod supervisor;
 pub mod timeline;
 pub mod workload;
+
+pub use nebd_guest::stamp;

@@ -90,9 +90,14 @@ impl Programs {
     /// As told, as the environment says, or beside this program.
     pub fn find(server: Option<PathBuf>, store: Option<PathBuf>) -> Result<Programs, HostError> {
         Ok(Programs {
-            server: find(server, "nebd-server", "nebd-server", SERVER_ENV)?,
+            server: Programs::find_server(server)?,
             fence_store: find(store, "fence-store", "nebd-upgrade-tests", FENCE_STORE_ENV)?,
         })
+    }
+
+    /// The server alone.
+    pub fn find_server(told: Option<PathBuf>) -> Result<PathBuf, HostError> {
+        find(told, "nebd-server", "nebd-server", SERVER_ENV)
     }
 }
 

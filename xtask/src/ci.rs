@@ -12,6 +12,7 @@ use clap::Args;
 use crate::c_example::{self, CExampleArgs};
 use crate::cargo::{self, Profile, cargo, cargo_nightly};
 use crate::curve_example;
+use crate::guests::{self, GuestsArgs};
 use crate::hypervisors::{self, HypervisorsArgs};
 use crate::systemd::{self, GuestArgs};
 
@@ -48,7 +49,7 @@ const fn step(name: &'static str, run: fn(&CiArgs) -> Result<Ran>) -> Step {
 }
 
 /// The cheap ones first; those that need another toolchain or target directory last.
-const STEPS: [Step; 16] = [
+const STEPS: [Step; 17] = [
     step("packages", packages),
     step("fmt", fmt),
     step("tidy", tidy),
@@ -60,6 +61,7 @@ const STEPS: [Step; 16] = [
     step("c-example", c_example),
     step("curve-example", curve_example),
     step("hypervisors", hypervisors),
+    step("guests", guests),
     step("systemd-guest", systemd_guest),
     step("loom", loom),
     step("address-sanitizer", address_sanitizer),
@@ -231,6 +233,14 @@ fn hypervisors(_: &CiArgs) -> Result<Ran> {
         Some(reason) => Ran::No(reason),
         None => Ran::Yes,
     })
+}
+
+/// A bounded part of what `upgrade-tests guests` can do. Like the tests that kill servers, it builds a
+/// server with failpoints.
+fn guests(_: &CiArgs) -> Result<Ran> {
+    let reason = guests::run(&GuestsArgs::bounded())?;
+    cargo::run(cargo().args(["build", "--locked", "-p", "nebd-server", "-p", "nebdctl"]))?;
+    Ok(reason.map_or(Ran::Yes, Ran::No))
 }
 
 fn systemd(_: &CiArgs) -> Result<Ran> {

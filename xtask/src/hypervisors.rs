@@ -10,7 +10,6 @@
 
 mod document;
 mod guest;
-mod qemu;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
@@ -27,10 +26,11 @@ use rustix::process::{Pid, Signal, kill_process_group};
 
 use crate::c_example::Host;
 use crate::cargo::{self, Profile};
+use crate::guest_tools;
 use crate::install::Installed;
 
 use document::Document;
-use qemu::Kernel;
+use nebd_guest::kernel::Kernel;
 
 /// Blocks of the page, each of which is run: the first two by name, the others in this order.
 const BLOCKS: [&str; 14] = [
@@ -76,10 +76,7 @@ pub struct HypervisorsArgs {
 pub fn run(args: &HypervisorsArgs) -> Result<Option<String>> {
     let work_dir = cargo::target_dir()?.join("hypervisors");
     fs::create_dir_all(&work_dir)?;
-    if let Some(reason) = qemu::install(&work_dir)? {
-        return Ok(Some(reason));
-    }
-    let kernel = match Kernel::fetch(&work_dir)? {
+    let kernel = match guest_tools::prepare(&guest_tools::shared_dir()?)? {
         Ok(kernel) => kernel,
         Err(reason) => return Ok(Some(reason)),
     };

@@ -1,11 +1,13 @@
 //! The project's chores: `cargo xtask ci | tidy | demo | install | c-example | curve-example |
-//! hypervisors | systemd-guest`.
+//! hypervisors | guests | systemd-guest`.
 
 mod c_example;
 mod cargo;
 mod ci;
 mod curve_example;
 mod demo;
+mod guest_tools;
+mod guests;
 mod hypervisors;
 mod install;
 mod install_rbd;
@@ -36,6 +38,8 @@ enum Chore {
     CurveExample(c_example::CExampleArgs),
     /// The commands of docs/hypervisors.md, a guest among them, while their server is killed.
     Hypervisors(hypervisors::HypervisorsArgs),
+    /// Guests whose disks are volumes, while their server is killed and replaced.
+    Guests(guests::GuestsArgs),
     /// The units under a systemd that is the init of a guest, while their server is killed.
     SystemdGuest(systemd::GuestArgs),
 }
@@ -59,6 +63,7 @@ fn run(chore: Chore) -> Result<()> {
         Chore::CExample(args) => c_example::run(&args),
         Chore::CurveExample(args) => curve_example::run(&args),
         Chore::Hypervisors(args) => possible(hypervisors::run(&args)?),
+        Chore::Guests(args) => possible(guests::run(&args)?),
         Chore::SystemdGuest(args) => possible(systemd::run_guest(&args)?),
     }
 }

@@ -12,10 +12,6 @@
 //! systemd is never started as an init here, in whatever namespace: it would clean the real /tmp.
 
 mod guest;
-// What fetches QEMU and its kernel for the guests of docs/hypervisors.md, where it is private.
-#[allow(clippy::duplicate_mod, dead_code, reason = "one of two users, and no modules are loaded")]
-#[path = "hypervisors/qemu.rs"]
-mod qemu;
 mod root;
 pub mod units;
 
@@ -26,6 +22,7 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::cargo::{self, Profile};
+use crate::guest_tools;
 
 /// The guest.
 #[derive(Args)]
@@ -44,15 +41,9 @@ pub struct GuestArgs {
 /// Boots the guest. Returns why that is not possible here, if it is not.
 pub fn run_guest(args: &GuestArgs) -> Result<Option<String>> {
     let target = cargo::target_dir()?;
-    // The same directory as for docs/hypervisors.md, so that the kernel is fetched once.
-    let shared = target.join("hypervisors");
     let work_dir = target.join("systemd-guest");
-    std::fs::create_dir_all(&shared)?;
     std::fs::create_dir_all(&work_dir)?;
-    if let Some(reason) = qemu::install(&shared)? {
-        return Ok(Some(reason));
-    }
-    let kernel = match qemu::Kernel::fetch(&shared)? {
+    let kernel = match guest_tools::prepare(&guest_tools::shared_dir()?)? {
         Ok(kernel) => kernel,
         Err(reason) => return Ok(Some(reason)),
     };

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use clap::{Args, Parser, Subcommand};
@@ -9,6 +11,7 @@ use nebd_upgrade_tests::campaign::{self, CampaignConfig, Kill};
 use nebd_upgrade_tests::client_device::{AttachOptions, ClientDevice};
 use nebd_upgrade_tests::device::Device;
 use nebd_upgrade_tests::file_device::FileDevice;
+use nebd_upgrade_tests::guests::{self, Fault, GuestConfig, Happened, NebdConfig, Way, WaySummary};
 use nebd_upgrade_tests::load::{Load, total};
 use nebd_upgrade_tests::matrix::{self, Cell};
 use nebd_upgrade_tests::report::VolumeReport;
@@ -33,6 +36,8 @@ enum Command {
     /// Meet every step of a planned takeover with every fault, on the old server, the new one and the
     /// keeper, under verified load.
     Matrix(MatrixArgs),
+    /// Boot guests whose disks are volumes, and kill and replace the server under them.
+    Guests(Guests),
     /// Put a device that is there already under verified load; its contents are overwritten.
     Run(Run),
 }
@@ -123,6 +128,61 @@ struct MatrixArgs {
 }
 
 #[derive(Args)]
+struct Guests {
+    /// How disks come into the guest, one guest after the other: linked, vhost-user, nbd.
+    #[arg(long, value_delimiter = ',', default_value = "linked")]
+    way: Vec<Way>,
+    /// Deaths of the server under each guest.
+    #[arg(long, default_value_t = 20)]
+    kills: usize,
+    /// Planned takeovers under each guest.
+    #[arg(long, default_value_t = 20)]
+    takeovers: usize,
+    /// Only these faults, each as often as --kills says: nothing, kill, down, crash, stop, takeover,
+    /// failed-takeover, stop-in-takeover, reset, reboot, pause,
+    /// qemu-kill.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<Fault>,
+    /// Spoil the disks behind the server's back, and nothing else; fail unless the guest complains.
+    #[arg(long)]
+    spoil: bool,
+    /// Instead, kill other servers beside ours, as often as --kills says and as often for 2 s, and
+    /// compare the gaps in the guest.
+    #[arg(long)]
+    peers: bool,
+    /// Seconds that a halted guest stands still.
+    #[arg(long, default_value_t = 30)]
+    halt_seconds: u64,
+    /// file or mem.
+    #[arg(long, default_value = "file")]
+    backend: String,
+    /// Keep a warm standby.
+    #[arg(long)]
+    standby: bool,
+    /// Seed of the order of faults and of the pauses.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// The directory given to upgrade-tests/guest/install.sh, which has the kernel.
+    #[arg(long, value_name = "DIR")]
+    tools: PathBuf,
+    /// guest-verifier, a static program [default: beside this program]
+    #[arg(long)]
+    verifier: Option<PathBuf>,
+    /// The directory of nebd's librbd.so.1 [default: ../lib/nebd/rbd beside this program]
+    #[arg(long, value_name = "DIR")]
+    rbd_library: Option<PathBuf>,
+    /// nebd-server, of a build with the feature test-hooks [default: beside this program]
+    #[arg(long)]
+    nebd_server: Option<PathBuf>,
+    /// nebdctl [default: on the path]
+    #[arg(long)]
+    nebdctl: Option<PathBuf>,
+    /// Print the result as JSON, on the last line.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
 struct Run {
     /// A volume of nebd, BACKEND:NAME, at the socket of --socket; or the path of a block device or
     /// file of any other system.
@@ -162,6 +222,7 @@ fn main() -> ExitCode {
     let clean = match Cli::parse().command {
         Command::Soak(soak) => run_soak(soak),
         Command::Matrix(args) => run_matrix(args),
+        Command::Guests(args) => run_guests(args),
         Command::Run(run) => run_device(&run),
     };
     match clean {
@@ -219,6 +280,82 @@ fn run_matrix(args: MatrixArgs) -> anyhow::Result<bool> {
         println!("{}", serde_json::to_string(&matrix)?);
     }
     Ok(matrix.is_clean())
+}
+
+fn run_guests(args: Guests) -> anyhow::Result<bool> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    guests::watch_signals(&interrupted)?;
+    let nebd = NebdConfig {
+        server: Programs::find_server(args.nebd_server)?,
+        nebdctl: args.nebdctl.unwrap_or_else(|| "nebdctl".into()),
+        rbd_library: guests::rbd_library(args.rbd_library.as_deref())?,
+        backend: args.backend,
+        standby: args.standby,
+        seed: args.seed,
+    };
+    let faults = match &args.only[..] {
+        _ if args.spoil => vec![Fault::Spoil],
+        [] => guests::plan(args.kills, args.takeovers, args.seed),
+        only => only.repeat(args.kills),
+    };
+    let config = GuestConfig {
+        tools: args.tools,
+        verifier: guests::verifier(args.verifier.as_deref())?,
+        faults,
+        halt: Duration::from_secs(args.halt_seconds),
+        patience: guests::PATIENCE,
+        seed: args.seed,
+        interrupted,
+    };
+    if args.peers {
+        return compare_peers(&config, &nebd, &args.way, args.kills, args.json);
+    }
+    let mut summaries = Vec::new();
+    for way in args.way {
+        eprintln!("{way}: {} faults", config.faults.len());
+        let summary = guests::run(&config, &nebd, way, |happened| {
+            let Happened { fault, gap_us, files_gap_us, in_flight, host_us, at_seconds } = happened;
+            let [gap, files, host] = [gap_us, files_gap_us, host_us].map(|us| *us as f64 / 1e3);
+            eprintln!(
+                "{at_seconds:7.1} s {fault:<24} {in_flight:>3} in flight, gap {gap:.0} ms, \
+                 files {files:.0} ms; host {host:.0} ms"
+            );
+        })?;
+        if args.spoil {
+            let mismatches = summary.mismatches;
+            println!("{way}: the disks were spoiled, and the guest found {mismatches} mismatches");
+        } else {
+            println!("{summary}");
+        }
+        summaries.push(summary);
+        if config.interrupted.load(SeqCst) {
+            anyhow::bail!("interrupted");
+        }
+    }
+    if args.json {
+        println!("{}", serde_json::to_string(&summaries)?);
+    }
+    let is_noticed = |summary: &WaySummary| summary.mismatches > 0 && !summary.is_clean();
+    Ok(summaries.iter().all(if args.spoil { is_noticed } else { WaySummary::is_clean }))
+}
+
+/// What peers do is told, and what ours does is judged.
+fn compare_peers(
+    config: &GuestConfig,
+    nebd: &NebdConfig,
+    ways: &[Way],
+    times: usize,
+    json: bool,
+) -> anyhow::Result<bool> {
+    let config = GuestConfig { patience: Duration::from_secs(30), ..config.clone() };
+    let rows = guests::compare(&config, nebd, ways, times, |row| {
+        eprint!("{}", guests::table(std::slice::from_ref(row)));
+    })?;
+    print!("gaps in ms: median, worst (times)\n\n{}", guests::table(&rows));
+    if json {
+        println!("{}", serde_json::to_string(&rows)?);
+    }
+    Ok(rows[..ways.len()].iter().all(guests::Row::is_clean))
 }
 
 fn run_device(run: &Run) -> anyhow::Result<bool> {

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! The sector is the unit of the stamp, the block (4096 or 512 bytes) the unit of the
-//! [oracle](crate::oracle): a torn block is told apart from a stale one, and its halves are named.
+//! harness's oracle: a torn block is told apart from a stale one, and its halves are named.
 
 use std::fmt;
 
