@@ -168,6 +168,11 @@ impl Control {
         strays.into_iter().for_each(|fd| self.closer.close(fd));
     }
 
+    /// Whether such descriptors wait to be closed, many of them.
+    pub(crate) fn is_closer_held_up(&self) -> bool {
+        self.closer.is_held_up()
+    }
+
     fn accept(&mut self) {
         // One for each event: the listener is level-triggered, and other work gets its turn.
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;

@@ -117,12 +117,19 @@ impl Control {
             return self.server.end_session(id);
         }
         session.set_connected(true);
+        let (is_inherited, size) = (session.ledger.is_inherited(), session.volume.size());
         hypervisor.set_session(session);
         hypervisor.forget_unnamed(&self.server);
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ONESHOT;
         let data = epoll::EventData::new_u64(key);
         if let Err(error) = epoll::add(self.epoll(), hypervisor.socket(), data, flags) {
             tracing::error!(session = %id, %error, "cannot watch a hypervisor's connection");
+            hypervisor.hang_up();
+            return self.server.end_session(id);
+        }
+        if is_inherited {
+            // A predecessor may have died before it told.
+            hypervisor.resized(size);
         }
         self.hypervisors.keys.insert(id, key);
         self.hypervisors.by_key.insert(key, *hypervisor);
@@ -150,8 +157,10 @@ impl Control {
         let Some(hypervisor) = self.hypervisors.by_key.get_mut(&key) else { return };
         let mut strays = Vec::new();
         let result = hypervisor.converse(&self.server, &mut strays, MESSAGES_MAX);
+        let is_flooded = !strays.is_empty() && self.is_closer_held_up();
         self.close_strays(strays);
         match result {
+            Ok(_) if is_flooded => self.dismiss(key, &Breach::Flood),
             Err(breach) => self.dismiss(key, &breach),
             Ok(_) => self.watch_hypervisor(key),
         }

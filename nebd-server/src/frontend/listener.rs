@@ -1,13 +1,14 @@
 //! Listening sockets of attachments.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nebd_backend::FdStore;
+use rustix::fs::{FileType, Mode, OFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::fd_store::ServerStore;
@@ -140,14 +141,27 @@ pub(super) fn bind(path: &Path, mode: u32, gid: Option<u32>) -> Result<OwnedFd, 
     let socket = open().map_err(ListenError::system("make", path))?;
     rustix::net::bind(&socket, &address(path)?).map_err(ListenError::system("bind", path))?;
     // Nobody can connect before `listen`, so the mode is right before it matters.
-    let ready = std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
-        .and_then(|()| gid.map_or(Ok(()), |gid| std::os::unix::fs::chown(path, None, Some(gid))))
-        .and_then(|()| Ok(rustix::net::listen(&socket, BACKLOG)?));
+    let ready =
+        set_access(path, mode, gid).and_then(|()| Ok(rustix::net::listen(&socket, BACKLOG)?));
     if let Err(error) = ready {
         unlink(path);
         return Err(ListenError::system("open", path)(error));
     }
     Ok(socket)
+}
+
+/// Of the socket that was just bound there. If others may write the directory, the path may be a link
+/// to something else by now: that is not followed.
+fn set_access(path: &Path, mode: u32, gid: Option<u32>) -> io::Result<()> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let found = rustix::fs::open(path, flags, Mode::empty())?;
+    let kind = FileType::from_raw_mode(rustix::fs::fstat(&found)?.st_mode);
+    if kind != FileType::Socket {
+        return Err(io::Error::other("it was replaced by something else"));
+    }
+    let found = format!("/proc/self/fd/{}", found.as_raw_fd());
+    std::fs::set_permissions(&found, std::fs::Permissions::from_mode(mode))?;
+    gid.map_or(Ok(()), |gid| std::os::unix::fs::chown(&found, None, Some(gid)))
 }
 
 /// Removes a socket of ours.

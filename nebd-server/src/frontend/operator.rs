@@ -18,7 +18,7 @@ use crate::server::operator::registry_error;
 /// Virtqueues at most, as a session has queues.
 const QUEUES_MAX: u32 = 64;
 /// How long a detach waits for requests in flight; then the caller tries again.
-const END_TIME_MAX: Duration = Duration::from_secs(10);
+const END_TIME_MAX: Duration = Duration::from_secs(2);
 
 /// Held while a volume is being deleted: it cannot be attached meanwhile.
 pub struct Deletion<'a> {
@@ -42,9 +42,9 @@ impl Server {
     ) -> Result<admin::Attachment, AdminError> {
         let _pass = self.gate.enter("an attachment's beginning");
         let volume: VolumeName = request.volume.parse()?;
+        let _turn = self.frontends.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let record = self.record_as_owner(caller, &volume, "attach it")?;
         let key = (volume, kind_of(request)?);
-        let _turn = self.frontends.turn.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = self.registry.attachment(&key) {
             return match known.is_of(&request.operation_id) {
                 true => Ok(self.describe_attachment(&key, &known)),

@@ -303,6 +303,8 @@ impl Server {
             let put = stored.put(&*self.store, id);
             put.map_err(|source| AttachError::Store { session: id, source })?;
         }
+        // First: to look at a guest's rings may be the death of this server too.
+        self.count_death(&ledger);
         let is_read_only = AttachFlags(attachment.attach_flags).contains(AttachFlags::READ_ONLY);
         let (hypervisor, mut adopted) = match request.vhost {
             None => (None, rings_of(&region, volume.epoch)),
@@ -354,6 +356,14 @@ impl Server {
         Ok(())
     }
 
+    /// Whatever the dead server had dispatched was part of its death.
+    fn count_death(&self, ledger: &Ledger) {
+        let dead = nebd_abi::Generation(self.tenure.generation().0.saturating_sub(1));
+        if self.tenure.last_death().counts_against_requests() {
+            (0..ledger.slots_total()).for_each(|slot| ledger.count_death(slot, dead));
+        }
+    }
+
     /// Takes suspects and those that have killed too often out of what is to be issued again.
     fn judge(
         &self,
@@ -364,12 +374,6 @@ impl Server {
         adopted: &mut [(Front, Vec<Request>)],
     ) -> Verdicts {
         let mut verdicts = Verdicts::default();
-        let dead = nebd_abi::Generation(self.tenure.generation().0.saturating_sub(1));
-        if self.tenure.last_death().counts_against_requests() {
-            for slot in 0..ledger.slots_total() {
-                ledger.count_death(slot, dead);
-            }
-        }
         let mut ledger_base = 0;
         for (queue, (_, requests)) in adopted.iter_mut().enumerate() {
             if hooks::reissue_is_off() {

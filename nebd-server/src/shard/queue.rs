@@ -423,8 +423,8 @@ impl QueueTask {
     pub(super) fn end_stop(&mut self, context: &ShardContext) {
         let Front::Virt(front) = &mut self.front else { return };
         if front.is_stopping() && self.in_flight_count == 0 {
-            let base = front.end();
-            self.tell(VirtNews::Stopped(base), context);
+            let news = front.end();
+            self.tell(news, context);
         }
     }
 

@@ -74,8 +74,13 @@ pub struct VirtEvent {
 pub enum VirtNews {
     /// It has done what it was told.
     Done,
-    /// It has stopped, and would go on there; `None` if it did not run.
-    Stopped(Option<u32>),
+    /// It has stopped.
+    Stopped {
+        /// Where it would go on; `None` if it did not run.
+        base: Option<u32>,
+        /// Chains that it took and did not answer: they are in its record.
+        left: u16,
+    },
     /// It could not.
     Failed(StartError),
     /// Nothing is taken from it any more, until it is started again: its driver broke the rules.
@@ -156,13 +161,15 @@ impl VirtFront {
     }
 
     /// It has stopped; where it would go on. What it took and did not answer stays in its record.
-    pub(super) fn end(&mut self) -> Option<u32> {
+    pub(super) fn end(&mut self) -> VirtNews {
         (self.stopping, self.broken, self.violation) = (false, false, None);
         self.kick = None;
-        let mut queue = self.queue.take()?;
+        let Some(mut queue) = self.queue.take() else {
+            return VirtNews::Stopped { base: None, left: 0 };
+        };
         queue.flush();
         self.taken.iter_mut().for_each(|taken| *taken = None);
-        Some(queue.base())
+        VirtNews::Stopped { base: Some(queue.base()), left: queue.in_flight() }
     }
 
     pub(super) fn kick(&self) -> Option<&OwnedFd> {
@@ -185,8 +192,11 @@ impl VirtFront {
         self.agreement = agreement;
     }
 
+    /// A ring that is not in the guest's memory any more is not looked at again.
     pub(super) fn set_memory(&mut self, memory: Arc<GuestMemory>) -> Result<(), StartError> {
-        self.queue.as_mut().map_or(Ok(()), |queue| queue.set_memory(memory))
+        let set = self.queue.as_mut().map_or(Ok(()), |queue| queue.set_memory(memory));
+        self.broken |= set.is_err();
+        set
     }
 
     /// How its driver broke the rules, once.

@@ -22,7 +22,7 @@ use nebd_vhost::inflight::{InflightRecord, Layout, QueueRecord, RecordError};
 use nebd_vhost::memory::{Backing, GuestMemory, MappedRegion, MemoryError, RegionSpec};
 use nebd_vhost::message::{InflightDescription, Reply, config_changed};
 use nebd_vhost::queue::{F_RING_PACKED, StartError, VirtQueue};
-use rustix::net::SendFlags;
+use rustix::net::{AddressFamily, SendFlags};
 
 use super::kept::{Kept, KeptRecord, Serial};
 use super::stored::QUEUE_SIZE_MAX;
@@ -47,13 +47,20 @@ pub(super) enum Breach {
     Store(#[source] std::io::Error),
     #[error("ring {0} is to be polled, or its doorbell is no eventfd")]
     Doorbell(u32),
+    #[error("it sends descriptors that nobody asked for, and whose close waits")]
+    Flood,
     #[error("it gives back an inflight record while its rings run")]
     Running,
-    #[error("its inflight record is no memfd")]
-    NoMemory,
-    #[error("its channel is no socket")]
-    NoSocket,
+    #[error("its message {0} comes with a descriptor that is no memfd, eventfd or Unix socket")]
+    Strange(u32),
+    #[error(transparent)]
+    Lost(#[from] LostDoorbell),
 }
+
+/// A doorbell that the journal names is not in the store.
+#[derive(Debug, thiserror::Error)]
+#[error("a doorbell of ring {0} is not in the store any more")]
+pub struct LostDoorbell(u32);
 
 /// Whether a ring is served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +77,8 @@ struct Waiting {
     then: Then,
     /// Queues that have not answered.
     queues: HashSet<u32>,
+    /// No ring has failed to follow.
+    is_done: bool,
 }
 
 /// What is left to be done for a message.
@@ -94,6 +103,8 @@ pub(crate) struct Hypervisor {
     record: Option<InflightRecord>,
     channel: Option<OwnedFd>,
     lives: Vec<Life>,
+    /// A ring has stopped with chains in its record.
+    has_left: bool,
     waiting: Option<Waiting>,
 }
 
@@ -119,6 +130,7 @@ impl Hypervisor {
             record,
             channel,
             lives,
+            has_left: false,
             waiting,
         }
     }
@@ -146,14 +158,22 @@ impl Hypervisor {
         &mut self,
         ring: u32,
         fetch: &dyn Fn(Serial) -> Option<OwnedFd>,
-    ) -> Option<VirtStart> {
-        let life = self.lives.get(ring as usize)?;
-        if *life != Life::Stopped {
-            return None;
+    ) -> Result<Option<VirtStart>, LostDoorbell> {
+        let is_stopped = self.lives.get(ring as usize) == Some(&Life::Stopped);
+        let (Some(setup), Some(kept)) =
+            (self.device.ring_setup(ring), self.kept.rings.get(ring as usize).copied())
+        else {
+            return Ok(None);
+        };
+        if !is_stopped || kept.kick == 0 {
+            return Ok(None);
         }
-        let setup = self.device.ring_setup(ring)?;
-        let kept = *self.kept.rings.get(ring as usize)?;
-        let kick = fetch(kept.kick)?;
+        // A guest that nobody hears, or calls, waits for ever.
+        let kick = fetch(kept.kick).ok_or(LostDoorbell(ring))?;
+        let call = match kept.call {
+            0 => None,
+            serial => Some(fetch(serial).ok_or(LostDoorbell(ring))?),
+        };
         let started = if u32::from(setup.size) > QUEUE_SIZE_MAX {
             Err(StartError::Size(setup.size))
         } else {
@@ -168,13 +188,13 @@ impl Hypervisor {
         match started {
             Ok((queue, chains)) => {
                 self.lives[ring as usize] = Life::Running;
-                let (call, agreement) = (fetch(kept.call), self.device.agreement());
-                Some(VirtStart { queue, chains, kick, call, agreement })
+                let agreement = self.device.agreement();
+                Ok(Some(VirtStart { queue, chains, kick, call, agreement }))
             }
             Err(error) => {
                 self.lives[ring as usize] = Life::Broken;
                 tracing::warn!(session = %self.id, ring, %error, "a guest's ring cannot be served");
-                None
+                Ok(None)
             }
         }
     }
@@ -191,11 +211,8 @@ impl Hypervisor {
             if self.waiting.is_some() {
                 return Ok(false);
             }
-            match self.connection.peek()? {
-                Peeked::Message(mut envelope) => {
-                    strays.append(&mut envelope.strays);
-                    self.deal_with(envelope, server, strays)?;
-                }
+            match self.connection.peek(strays)? {
+                Peeked::Message(envelope) => self.deal_with(envelope, server, strays)?,
                 Peeked::Nothing => return Ok(false),
                 Peeked::Closed => return Err(Breach::HungUp),
             }
@@ -211,6 +228,12 @@ impl Hypervisor {
     ) -> Result<(), Breach> {
         let fds = std::mem::take(&mut envelope.fds);
         let message = envelope.message.id();
+        // From here on they may be closed anywhere. Whose operator maps any file has no such wish.
+        let is_known = |fd| closes_at_once(fd) || server.guest_memory == Backing::AnyFile;
+        if !fds.iter().all(is_known) {
+            strays.extend(fds);
+            return Err(Breach::Strange(message));
+        }
         let action = match self.device.handle(&envelope.message, fds) {
             Ok(action) => action,
             Err(refusal) => return self.refuse(envelope, server, message, refusal),
@@ -222,11 +245,11 @@ impl Hypervisor {
             Action::None => {}
             Action::Reply(reply) => then = Then::Reply(reply, None),
             Action::SetMemory(regions) => {
-                self.set_memory(regions, server, strays)?;
+                self.set_memory(regions, server)?;
                 commands = self.to_running(|| VirtCommand::SetMemory(self.memory.clone()));
             }
             Action::AddMemory(spec, fd) => {
-                let region = map(spec, fd, server.guest_memory, strays)?;
+                let region = map(spec, fd, server.guest_memory)?;
                 let memory = self.memory.with(region.0)?;
                 let serial = self.keep(server, region.1.as_fd())?;
                 self.kept.regions.retain(|(known, _)| !known.is_same_as(&spec));
@@ -241,7 +264,7 @@ impl Hypervisor {
                 commands = self.to_running(|| VirtCommand::SetMemory(self.memory.clone()));
             }
             Action::Doorbell(ring, doorbell, fd) => {
-                commands = self.set_doorbell(ring, doorbell, fd, server, strays)?;
+                commands = self.set_doorbell(ring, doorbell, fd, server)?;
             }
             Action::Enable(ring, true) => self.mend(ring),
             Action::Enable(ring, false) => commands = self.stop(ring),
@@ -254,15 +277,7 @@ impl Hypervisor {
                 let fd = record.fd().try_clone_to_owned().map_err(Breach::Store)?;
                 then = Then::Reply(self.device.recorded(&asked, record.size()), Some(fd));
             }
-            Action::SetInflight(_, fd) if rustix::fs::fcntl_get_seals(&fd).is_err() => {
-                strays.push(fd);
-                return Err(Breach::NoMemory);
-            }
             Action::SetInflight(described, fd) => self.set_record(described, fd, server)?,
-            Action::SetChannel(fd) if rustix::net::sockopt::socket_type(&fd).is_err() => {
-                strays.push(fd);
-                return Err(Breach::NoSocket);
-            }
             Action::SetChannel(fd) => {
                 self.kept.channel = self.keep(server, fd.as_fd())?;
                 self.channel = Some(fd);
@@ -277,14 +292,18 @@ impl Hypervisor {
             }
         }
         if commands.is_empty() {
-            return self.complete(envelope, then, server);
+            return self.complete(envelope, then, true, server);
         }
         // Known to a successor before a shard acts on it: what is taken from a ring in memory that only
-        // this server knows of would be lost.
-        self.connection.journal().save(&self.state()).map_err(ConnectionError::from)?;
+        // this server knows of would be lost. But a ring that is about to stop has not stopped: a
+        // successor that believed it had would not know where it goes on.
+        let stops = commands.iter().any(|(_, command)| matches!(command, VirtCommand::Stop));
+        if !stops {
+            self.connection.journal().save(&self.state()).map_err(ConnectionError::from)?;
+        }
         crate::failpoint!("vhost-after-save");
         let queues = commands.iter().map(|(ring, _)| *ring).collect();
-        self.waiting = Some(Waiting { envelope, then, queues });
+        self.waiting = Some(Waiting { envelope, then, queues, is_done: true });
         self.send(server, commands);
         Ok(())
     }
@@ -321,11 +340,10 @@ impl Hypervisor {
         &mut self,
         regions: Vec<(RegionSpec, OwnedFd)>,
         server: &Server,
-        strays: &mut Vec<OwnedFd>,
     ) -> Result<(), Breach> {
         let mut mapped = Vec::with_capacity(regions.len());
         for (spec, fd) in regions {
-            mapped.push((spec, map(spec, fd, server.guest_memory, strays)?));
+            mapped.push((spec, map(spec, fd, server.guest_memory)?));
         }
         let memory =
             GuestMemory::new(mapped.iter().map(|(_, (region, _))| region.clone()).collect())?;
@@ -345,14 +363,10 @@ impl Hypervisor {
         doorbell: Doorbell,
         fd: Option<OwnedFd>,
         server: &Server,
-        strays: &mut Vec<OwnedFd>,
     ) -> Result<Vec<(u32, VirtCommand)>, Breach> {
         let at = ring as usize;
         match (doorbell, fd) {
-            (_, Some(fd)) if !crate::server::is_eventfd(&fd) => {
-                strays.push(fd);
-                return Err(Breach::Doorbell(ring));
-            }
+            (_, Some(fd)) if !crate::server::is_eventfd(&fd) => return Err(Breach::Doorbell(ring)),
             (Doorbell::Kick, None) => return Err(Breach::Doorbell(ring)),
             (Doorbell::Kick, Some(fd)) => {
                 self.kept.rings[at].kick = self.keep(server, fd.as_fd())?;
@@ -417,9 +431,11 @@ impl Hypervisor {
         Ok(())
     }
 
-    /// One of our own says nothing about the next life of the rings, which begin where the driver likes.
+    /// One of our own says nothing about the next life of the rings, which begin where the driver likes;
+    /// unless something that they took was not answered.
     fn forget_own_record(&mut self) {
-        if self.device.state().inflight.is_none() && !self.lives.contains(&Life::Running) {
+        let is_own = self.device.state().inflight.is_none();
+        if is_own && !self.has_left && !self.lives.contains(&Life::Running) {
             self.record = None;
             self.kept.record = KeptRecord::default();
         }
@@ -483,11 +499,15 @@ impl Hypervisor {
             }
             VirtNews::Failed(error) => {
                 tracing::warn!(session = %self.id, ring, %error, "a guest's ring has lost its memory");
+                if let Some(waiting) = &mut self.waiting {
+                    waiting.is_done = false;
+                }
             }
-            VirtNews::Stopped(base) => {
+            VirtNews::Stopped { base, left } => {
                 if let Some(life) = life {
                     *life = Life::Stopped;
                 }
+                self.has_left |= left > 0;
                 let is_reset = matches!(self.waiting, Some(Waiting { then: Then::Forget, .. }));
                 if let Some(base) = base.filter(|_| !is_reset) {
                     self.device.paused(ring, base);
@@ -500,11 +520,19 @@ impl Hypervisor {
         if !waiting.queues.is_empty() {
             return Ok(());
         }
-        let Some(Waiting { envelope, then, .. }) = self.waiting.take() else { return Ok(()) };
-        self.complete(envelope, then, server)
+        let Some(Waiting { envelope, then, is_done, .. }) = self.waiting.take() else {
+            return Ok(());
+        };
+        self.complete(envelope, then, is_done, server)
     }
 
-    fn complete(&mut self, envelope: Envelope, then: Then, server: &Server) -> Result<(), Breach> {
+    fn complete(
+        &mut self,
+        envelope: Envelope,
+        then: Then,
+        is_done: bool,
+        server: &Server,
+    ) -> Result<(), Breach> {
         let reply = match then {
             Then::Acknowledge => None,
             Then::Reply(reply, fd) => Some((reply, fd)),
@@ -513,15 +541,17 @@ impl Hypervisor {
                 Some((self.device.stopped(ring, None), None))
             }
             Then::Forget => {
-                self.forget_own_record();
-                if let Some(record) = &self.record {
+                // Whoever keeps it over the reset finds it empty.
+                if let Some(record) = self.record.take() {
                     record.reset();
                 }
+                self.kept.record = KeptRecord::default();
+                self.has_left = false;
                 None
             }
         };
         let acknowledge =
-            || self.device.acknowledgement(&envelope.message, envelope.need_reply, true);
+            || self.device.acknowledgement(&envelope.message, envelope.need_reply, is_done);
         let reply = reply.or_else(|| Some((acknowledge()?, None)));
         self.ensure_record(server)?;
         self.finish(envelope, reply, server)
@@ -541,8 +571,7 @@ impl Hypervisor {
         self.connection.finish(envelope, &self.state(), reply, || Ok(()))?;
         crate::failpoint!("vhost-after-reply");
         self.forget_unnamed(server);
-        self.start_rings(server);
-        Ok(())
+        self.start_rings(server)
     }
 
     pub(super) fn forget_unnamed(&self, server: &Server) {
@@ -557,14 +586,17 @@ impl Hypervisor {
         }
     }
 
-    fn start_rings(&mut self, server: &Server) {
+    fn start_rings(&mut self, server: &Server) -> Result<(), Breach> {
         let id = self.id;
         let fetch = |serial| server.store.fetch(&Session::store_name(id, &Kept::name(serial)));
-        let starts: Vec<_> = (0..self.lives.len() as u32)
-            .filter_map(|ring| Some((ring, self.start_of(ring, &fetch)?)))
-            .map(|(ring, start)| (ring, VirtCommand::Start(Box::new(start))))
-            .collect();
+        let mut starts = Vec::new();
+        for ring in 0..self.lives.len() as u32 {
+            if let Some(start) = self.start_of(ring, &fetch)? {
+                starts.push((ring, VirtCommand::Start(Box::new(start))));
+            }
+        }
         self.send(server, starts);
+        Ok(())
     }
 
     /// The volume has another size.
@@ -585,18 +617,17 @@ impl Hypervisor {
     }
 }
 
-/// Maps a region. What is not to be mapped may be of a kind whose close waits.
 fn map(
     spec: RegionSpec,
     fd: OwnedFd,
     backing: Backing,
-    strays: &mut Vec<OwnedFd>,
-) -> Result<(Arc<MappedRegion>, OwnedFd), Breach> {
-    match MappedRegion::map(spec, fd.as_fd(), backing) {
-        Ok(region) => Ok((region, fd)),
-        Err(error) => {
-            strays.push(fd);
-            Err(error.into())
-        }
-    }
+) -> Result<(Arc<MappedRegion>, OwnedFd), MemoryError> {
+    Ok((MappedRegion::map(spec, fd.as_fd(), backing)?, fd))
+}
+
+/// Memory can have seals, and nothing but memory; a Unix socket has no storage behind it.
+fn closes_at_once(fd: &OwnedFd) -> bool {
+    rustix::fs::fcntl_get_seals(fd).is_ok()
+        || crate::server::is_eventfd(fd)
+        || rustix::net::sockopt::socket_domain(fd) == Ok(AddressFamily::UNIX)
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use nebd_abi::layout::SessionId;
+use nebd_abi::layout::{SessionId, TRANSFER_BYTES_MAX};
 use nebd_abi::ring::Request;
 use nebd_backend::FdStore;
 use nebd_vhost::connection::{Connection, ConnectionError, Resumed};
@@ -15,7 +15,7 @@ use nebd_vhost::journal::{Journal, JournalError};
 use nebd_vhost::memory::{Backing, GuestMemory, MappedRegion, MemoryError};
 use nebd_vhost::request::{Disk, SERIAL_BYTES};
 
-use super::hypervisor::Hypervisor;
+use super::hypervisor::{Hypervisor, LostDoorbell};
 use super::kept::{Kept, KeptRecord, Serial};
 use crate::session::Session;
 use crate::session::ledger::Ledger;
@@ -31,6 +31,8 @@ const JOURNAL: &str = "journal";
 const DISCARD_BYTES_MAX: u64 = 128 << 20;
 /// Data segments in a request: with header and status they fill a ring of 128.
 const SEGMENTS_MAX: u32 = 126;
+/// Bytes of a segment: what a driver asks for at once is no more than a transfer.
+const SEGMENT_BYTES_MAX: u32 = (TRANSFER_BYTES_MAX / SEGMENTS_MAX as u64) as u32 & !4095;
 const PHYSICAL_BLOCK_SIZE: u32 = 4096;
 
 /// Why a connection cannot go on.
@@ -51,6 +53,9 @@ pub enum ResumeError {
     /// A descriptor that the journal names.
     #[error("a descriptor of the connection is not in the store")]
     Missing,
+    /// The same, of a ring.
+    #[error(transparent)]
+    Lost(#[from] LostDoorbell),
     /// The guest's memory cannot be mapped again.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -176,7 +181,7 @@ impl Stored {
         for ring in 0..u32::from(rings) {
             let base = ring * QUEUE_SIZE_MAX;
             let mut front = VirtFront::new(disk.clone(), volume.clone(), ledger.clone(), base);
-            let start = hypervisor.start_of(ring, &fetch);
+            let start = hypervisor.start_of(ring, &fetch)?;
             let reissue = start.map_or_else(Vec::new, |start| front.start(start));
             fronts.push((Front::Virt(Box::new(front)), reissue));
         }
@@ -196,7 +201,7 @@ pub(crate) fn disk_of(volume: &OpenVolume, is_read_only: bool, queues: u32) -> D
         read_only: is_read_only,
         queues: queues as u16,
         segments_max: SEGMENTS_MAX,
-        segment_bytes_max: 0,
+        segment_bytes_max: SEGMENT_BYTES_MAX,
         discard_bytes_max: if can_discard { DISCARD_BYTES_MAX } else { 0 },
         discard_ranges_max: 1,
         serial: serial_of(volume.name.as_str()),

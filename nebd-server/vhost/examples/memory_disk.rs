@@ -152,7 +152,7 @@ impl Server {
                 }
             }
             loop {
-                match self.connection.peek()? {
+                match self.connection.peek(&mut Vec::new())? {
                     Peeked::Message(envelope) => self.deal_with(envelope, store, contents)?,
                     Peeked::Nothing => break,
                     Peeked::Closed => return Ok(false),

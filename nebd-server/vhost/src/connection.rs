@@ -83,9 +83,14 @@ pub struct Envelope {
     pub need_reply: bool,
     /// Duplicates of the descriptors that came along.
     pub fds: Vec<OwnedFd>,
-    /// Duplicates of others, to be closed where that may take its time.
-    pub strays: Vec<OwnedFd>,
     length: usize,
+}
+
+/// Descriptors that came with bytes.
+struct Came<'a> {
+    /// Of the first piece that has any.
+    first: Vec<OwnedFd>,
+    others: &'a mut Vec<OwnedFd>,
 }
 
 /// What stands in a socket.
@@ -161,44 +166,62 @@ impl Connection {
         &self.journal
     }
 
-    /// Looks at the next message without taking it.
-    pub fn peek(&self) -> Result<Peeked, ConnectionError> {
-        let (bytes, is_closed, _) = self.peek_bytes(HEADER_BYTES)?;
-        let Some(header) = bytes.first_chunk().filter(|_| bytes.len() == HEADER_BYTES) else {
-            return Ok(if is_closed { Peeked::Closed } else { Peeked::Nothing });
-        };
-        let header = Header::decode(header)?;
-        let length = HEADER_BYTES + header.payload_bytes;
-        let (bytes, is_closed, fds) = self.peek_bytes(length)?;
-        if bytes.len() < length {
+    /// Looks at the next message without taking it. Descriptors that belong to no message are added to
+    /// `strays`, also on an error: to close them may take its time.
+    pub fn peek(&self, strays: &mut Vec<OwnedFd>) -> Result<Peeked, ConnectionError> {
+        let mut header = [0; HEADER_BYTES];
+        let (filled, is_closed) = self.peek_bytes(&mut header, None)?;
+        if filled < HEADER_BYTES {
             return Ok(if is_closed { Peeked::Closed } else { Peeked::Nothing });
         }
-        let message = Message::decode(header.request, &bytes[HEADER_BYTES..], fds.len())?;
-        let (fds, strays) = match message.fds() {
-            Some(_) => (fds, Vec::new()),
-            None => (Vec::new(), fds),
+        let header = Header::decode(&header)?;
+        let length = HEADER_BYTES + header.payload_bytes;
+        let mut bytes = vec![0; length];
+        let mut came = Came { first: Vec::new(), others: strays };
+        let peeked = self.peek_bytes(&mut bytes, Some(&mut came));
+        let fds = came.first;
+        let message = match peeked {
+            Ok((filled, _)) if filled == length => {
+                Message::decode(header.request, &bytes[HEADER_BYTES..], fds.len())
+            }
+            other => {
+                strays.extend(fds);
+                let (_, is_closed) = other?;
+                return Ok(if is_closed { Peeked::Closed } else { Peeked::Nothing });
+            }
         };
-        let need_reply = header.need_reply;
-        Ok(Peeked::Message(Envelope { message, need_reply, fds, strays, length }))
+        match message {
+            Ok(message) if message.fds().is_some() => {
+                let need_reply = header.need_reply;
+                Ok(Peeked::Message(Envelope { message, need_reply, fds, length }))
+            }
+            other => {
+                strays.extend(fds);
+                let (message, need_reply) = (other?, header.need_reply);
+                Ok(Peeked::Message(Envelope { message, need_reply, fds: Vec::new(), length }))
+            }
+        }
     }
 
-    /// Up to so many bytes from the front, whether no more will come, and duplicates of the descriptors
-    /// that go with them.
+    /// Bytes from the front, how many there were, and whether no more will come; with `came`, duplicates
+    /// of the descriptors that go with them.
     ///
     /// The kernel ends a peek behind the first piece that carries descriptors, so one message may take
     /// several peeks. It does not end it where the bytes end: the descriptors of the next piece, the next
     /// message perhaps, come along. So those of the first piece that has any are the message's, if it is
     /// one that has descriptors at all; an honest hypervisor sends them with its bytes.
-    fn peek_bytes(&self, length: usize) -> Result<(Vec<u8>, bool, Vec<OwnedFd>), ConnectionError> {
-        let mut bytes = vec![0; length];
+    fn peek_bytes(
+        &self,
+        bytes: &mut [u8],
+        mut came: Option<&mut Came<'_>>,
+    ) -> Result<(usize, bool), ConnectionError> {
         let (mut filled, mut is_closed) = (0, false);
-        let mut fds = Vec::new();
         let mut result = Ok(());
-        while filled < length {
+        while filled < bytes.len() {
             if filled > 0 {
                 self.set_peek_offset(filled as i32)?;
             }
-            match self.peek_piece(&mut bytes[filled..], &mut fds) {
+            match self.peek_piece(&mut bytes[filled..], came.as_deref_mut()) {
                 Ok(Some(0)) => is_closed = true,
                 Ok(Some(count)) => {
                     filled += count;
@@ -211,20 +234,26 @@ impl Connection {
         }
         // Whoever reads, we or a successor, begins at the front.
         self.set_peek_offset(peek_offset::OFF)?;
-        result?;
-        bytes.truncate(filled);
-        Ok((bytes, is_closed, fds))
+        result.map(|()| (filled, is_closed))
     }
 
     /// `None` if there is nothing, `Some(0)` if there never will be.
     fn peek_piece(
         &self,
         bytes: &mut [u8],
-        fds: &mut Vec<OwnedFd>,
+        came: Option<&mut Came<'_>>,
     ) -> Result<Option<usize>, ConnectionError> {
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let Some(came) = came else {
+            // Without room for descriptors none is made, and none has to be closed.
+            return match retry(|| rustix::net::recv(&self.socket, &mut *bytes, flags)) {
+                Ok((count, _)) => Ok(Some(count)),
+                Err(Errno::AGAIN) => Ok(None),
+                Err(errno) => Err(system("read")(errno)),
+            };
+        };
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
         let received = retry(|| {
             rustix::net::recvmsg(&self.socket, &mut [IoSliceMut::new(bytes)], &mut ancillary, flags)
         });
@@ -233,17 +262,15 @@ impl Connection {
             Err(Errno::AGAIN) => return Ok(None),
             Err(errno) => return Err(system("read")(errno)),
         };
-        let mut came = Vec::new();
+        let is_first = came.first.is_empty();
         for message in ancillary.drain() {
             if let RecvAncillaryMessage::ScmRights(rights) = message {
-                came.extend(rights);
+                let to = if is_first { &mut came.first } else { &mut *came.others };
+                to.extend(rights);
             }
         }
         if received.flags.contains(ReturnFlags::CTRUNC) {
             return Err(ConnectionError::TooManyFds);
-        }
-        if fds.is_empty() {
-            *fds = came;
         }
         Ok(Some(received.bytes))
     }

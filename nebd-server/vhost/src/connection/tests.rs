@@ -30,7 +30,7 @@ fn identity(fd: impl AsFd) -> u64 {
 }
 
 fn message(connection: &Connection) -> Envelope {
-    match connection.peek().unwrap() {
+    match connection.peek(&mut Vec::new()).unwrap() {
         Peeked::Message(envelope) => envelope,
         other => panic!("{other:?}"),
     }
@@ -45,7 +45,7 @@ fn successor(connection: &Connection) -> Resumed {
 #[test]
 fn a_peek_takes_nothing_and_brings_descriptors_each_time() {
     let (hypervisor, connection) = pair();
-    assert!(matches!(connection.peek().unwrap(), Peeked::Nothing));
+    assert!(matches!(connection.peek(&mut Vec::new()).unwrap(), Peeked::Nothing));
     let kick = Message::SetVringKick(RingFd { index: 0, has_fd: true });
     let file = memfd("kick");
     (&hypervisor).write_all(&Message::SetOwner.encode(false)).unwrap();
@@ -62,10 +62,10 @@ fn a_peek_takes_nothing_and_brings_descriptors_each_time() {
         assert_eq!(identity(&envelope.fds[0]), identity(&file));
     }
     connection.finish(message(&connection), b"", None, || Ok(())).unwrap();
-    assert!(matches!(connection.peek().unwrap(), Peeked::Nothing));
+    assert!(matches!(connection.peek(&mut Vec::new()).unwrap(), Peeked::Nothing));
     assert_eq!(connection.journal().count(), 2);
     drop(hypervisor);
-    assert!(matches!(connection.peek().unwrap(), Peeked::Closed));
+    assert!(matches!(connection.peek(&mut Vec::new()).unwrap(), Peeked::Closed));
 }
 
 /// A stream may bring a message in any pieces, and its descriptors with any of them.
@@ -81,11 +81,11 @@ fn a_message_in_pieces_is_awaited() {
         let fds = [first.as_fd(), second.as_fd()];
         if with_fds % 2 == 0 {
             send_with_fds(&hypervisor, &whole[..with_fds], &fds);
-            assert!(matches!(connection.peek().unwrap(), Peeked::Nothing));
+            assert!(matches!(connection.peek(&mut Vec::new()).unwrap(), Peeked::Nothing));
             (&hypervisor).write_all(&whole[with_fds..]).unwrap();
         } else {
             (&hypervisor).write_all(&whole[..with_fds]).unwrap();
-            assert!(matches!(connection.peek().unwrap(), Peeked::Nothing));
+            assert!(matches!(connection.peek(&mut Vec::new()).unwrap(), Peeked::Nothing));
             send_with_fds(&hypervisor, &whole[with_fds..], &fds);
         }
         send_with_fds(&hypervisor, &next.encode(false), &[third.as_fd()]);
@@ -104,20 +104,23 @@ fn a_message_in_pieces_is_awaited() {
 fn nonsense_is_refused_and_a_cut_off_message_is_an_end() {
     let (hypervisor, connection) = pair();
     (&hypervisor).write_all(&[0xff; 12]).unwrap();
-    assert!(matches!(connection.peek(), Err(ConnectionError::Message(MessageError::Flags(_)))));
+    assert!(matches!(
+        connection.peek(&mut Vec::new()),
+        Err(ConnectionError::Message(MessageError::Flags(_)))
+    ));
 
     let (hypervisor, connection) = pair();
     let files: Vec<OwnedFd> = (0..16).map(|_| memfd("many")).collect();
     let fds: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
     send_with_fds(&hypervisor, &Message::SetOwner.encode(false), &fds);
-    assert!(matches!(connection.peek(), Err(ConnectionError::TooManyFds)));
+    assert!(matches!(connection.peek(&mut Vec::new()), Err(ConnectionError::TooManyFds)));
 
     let (hypervisor, connection) = pair();
     let base = Message::GetVringBase(RingState::default()).encode(false);
     (&hypervisor).write_all(&base[..15]).unwrap();
-    assert!(matches!(connection.peek().unwrap(), Peeked::Nothing));
+    assert!(matches!(connection.peek(&mut Vec::new()).unwrap(), Peeked::Nothing));
     drop(hypervisor);
-    assert!(matches!(connection.peek().unwrap(), Peeked::Closed));
+    assert!(matches!(connection.peek(&mut Vec::new()).unwrap(), Peeked::Closed));
 }
 
 #[test]
@@ -208,7 +211,7 @@ fn check_rest(
     followed: bool,
 ) {
     let messages = 1 + u64::from(followed);
-    while let Peeked::Message(envelope) = next.peek().unwrap() {
+    while let Peeked::Message(envelope) = next.peek(&mut Vec::new()).unwrap() {
         let reply: &[u8] = b"2";
         next.finish(envelope, b"later", has_reply.then_some((reply, None)), || Ok(())).unwrap();
     }
