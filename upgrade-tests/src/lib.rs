@@ -38,4 +38,5 @@ pub mod stamp;
 pub mod stream;
 pub mod supervisor;
 pub mod timeline;
+pub mod vhost_device;
 pub mod workload;
