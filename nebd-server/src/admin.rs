@@ -22,9 +22,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use nebd_rpc::admin::{
-    AbortVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, GetStatusRequest,
-    GetVolumeRequest, LimitVolumeRequest, ResizeVolumeRequest, StartUpgradeRequest, Status,
-    UnparkVolumeRequest, Upgrade, Volume,
+    AbortVolumeRequest, AttachRequest, Attachment, CreateVolumeRequest, DeleteVolumeRequest,
+    DetachRequest, GetStatusRequest, GetVolumeRequest, LimitVolumeRequest, ResizeVolumeRequest,
+    StartUpgradeRequest, Status, UnparkVolumeRequest, Upgrade, Volume,
 };
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
@@ -112,6 +112,23 @@ pub trait AdminApi: Send + Sync + 'static {
         caller: &Caller,
         request: LimitVolumeRequest,
     ) -> Result<Volume, AdminError>;
+
+    /// Serves a volume to hypervisors without our library, until it is detached.
+    fn attach_volume(
+        &self,
+        caller: &Caller,
+        request: AttachRequest,
+    ) -> Result<Attachment, AdminError>;
+
+    /// Ends attachments of a volume, and returns what they were.
+    fn detach_volume(
+        &self,
+        caller: &Caller,
+        request: DetachRequest,
+    ) -> Result<Vec<Attachment>, AdminError>;
+
+    /// The attachments of those volumes that the caller may see, by volume.
+    fn attachments(&self, caller: &Caller) -> Result<Vec<Attachment>, AdminError>;
 
     /// Starts a planned takeover, and returns at once; for root.
     fn start_upgrade(

@@ -31,6 +31,8 @@ pub struct Config {
     pub upgrade: Upgrade,
     /// The metrics.
     pub metrics: Metrics,
+    /// Hypervisors that attach by vhost-user-blk.
+    pub vhost_user: VhostUser,
 }
 
 /// Who may connect to the sockets; who may attach a volume is the volume's own business.
@@ -105,6 +107,15 @@ pub struct Metrics {
     pub listen: Option<SocketAddr>,
 }
 
+/// Hypervisors that attach by vhost-user-blk.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(default, deny_unknown_fields)]
+pub struct VhostUser {
+    /// Map guests' memory that is not sealed against shrinking (files, memfds without seals). A
+    /// hypervisor that truncates such memory kills the server, again and again.
+    pub unsealed_memory: bool,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Config {
@@ -118,6 +129,7 @@ impl Default for Config {
             keeper: Keeper::default(),
             upgrade: Upgrade::default(),
             metrics: Metrics::default(),
+            vhost_user: VhostUser::default(),
         }
     }
 }

@@ -37,6 +37,7 @@ pub use notice::{Notice, NoticeSink, doorbell};
 const LISTENER: u64 = 0;
 const DOORBELL: u64 = 1;
 const PROBE: u64 = 2;
+const FRONTENDS: u64 = 3;
 /// Keys of connections have this bit, keys of client processes have not.
 const CONNECTION: u64 = 1 << 63;
 /// Keys of hypervisors' connections.
@@ -88,6 +89,8 @@ impl Control {
         };
         watch(&inputs.listener, LISTENER, epoll::EventFlags::empty())?;
         watch(&inputs.doorbell, DOORBELL, epoll::EventFlags::ET)?;
+        let data = epoll::EventData::new_u64(FRONTENDS);
+        epoll::add(&epoll, server.frontends.ready_fd(), data, epoll::EventFlags::IN)?;
         if let Some(probe) = &inputs.probe {
             watch(probe, PROBE, epoll::EventFlags::ET)?;
         }
@@ -122,6 +125,7 @@ impl Control {
                     LISTENER => self.accept(),
                     DOORBELL => {}
                     PROBE => self.show_life(),
+                    FRONTENDS => crate::frontend::accept(&mut self),
                     key if key & CONNECTION != 0 => self.receive(key),
                     key if key & HYPERVISOR != 0 => self.hypervisor_says(key),
                     key => self.peer_died(key),
@@ -129,6 +133,10 @@ impl Control {
             }
             self.hear();
         }
+    }
+
+    pub(crate) fn server(&self) -> &Arc<Server> {
+        &self.server
     }
 
     fn host(&self) -> &HostPage {
@@ -347,6 +355,7 @@ impl Control {
                 self.hypervisor_resized(session, size);
                 self.tell(session, Event::Resized(size));
             }
+            Notice::Detached(attachment) => crate::frontend::end(self, &attachment),
             Notice::Ended(session) => {
                 self.hypervisor_ended(session);
                 self.unwatch_peer(session);

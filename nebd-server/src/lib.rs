@@ -27,6 +27,7 @@ pub mod volume;
 mod control;
 mod fatal;
 mod fd_store;
+mod frontend;
 mod gate;
 mod holdings;
 mod hooks;

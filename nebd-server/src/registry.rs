@@ -1,8 +1,11 @@
 //! The volume registry: which volumes exist, whose they are, and which calls were answered.
 //!
-//! One small TOML file a volume under `<state-dir>/volumes/`, and one of recent operations. A file
-//! is replaced by writing another beside it, syncing it, renaming it, and syncing the directory:
-//! after a crash at any instruction it is the old or the new one.
+//! One small TOML file a volume under `<state-dir>/volumes/`, one of recent operations, and one an
+//! attachment under `<state-dir>/attachments/`. A file is replaced by writing another beside it,
+//! syncing it, renaming it, and syncing the directory: after a crash at any instruction it is the
+//! old or the new one.
+
+mod attachments;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
@@ -17,6 +20,7 @@ use nebd_backend::VolumeSpec;
 use serde::{Deserialize, Serialize};
 
 use crate::throttle::Limits;
+pub use attachments::{AttachmentKey, AttachmentKind, AttachmentRecord};
 
 /// Operations whose answers are remembered.
 const OPERATIONS_MAX: usize = 1024;
@@ -154,6 +158,7 @@ pub enum RegistryError {
 /// The registry; every change is durable before it is visible.
 pub struct Registry {
     dir: PathBuf,
+    attachments_dir: PathBuf,
     state: Mutex<State>,
 }
 
@@ -161,6 +166,7 @@ pub struct Registry {
 struct State {
     volumes: BTreeMap<VolumeName, Record>,
     operations: Operations,
+    attachments: BTreeMap<AttachmentKey, AttachmentRecord>,
     /// What the files were when they were read; nothing of those that this process wrote.
     stamps: HashMap<PathBuf, Stamp>,
 }
@@ -191,7 +197,9 @@ impl Registry {
     pub fn load(state_dir: &Path) -> Result<Registry, RegistryError> {
         let dir = state_dir.join("volumes");
         fs::create_dir_all(&dir).map_err(file("create", &dir))?;
-        let registry = Registry { dir, state: Mutex::default() };
+        let attachments_dir = state_dir.join("attachments");
+        fs::create_dir_all(&attachments_dir).map_err(file("create", &attachments_dir))?;
+        let registry = Registry { dir, attachments_dir, state: Mutex::default() };
         registry.reload()?;
         Ok(registry)
     }
@@ -215,6 +223,7 @@ impl Registry {
         let known = Some(&state.operations);
         let operations = state.read_if_changed(&mut fresh, dir.join(OPERATIONS), known)?;
         fresh.operations = operations.unwrap_or_default();
+        state.read_attachments(&mut fresh, &self.attachments_dir)?;
         *state = fresh;
         Ok(())
     }
@@ -277,13 +286,7 @@ impl Registry {
     /// Removes a record.
     pub fn remove(&self, name: &VolumeName) -> Result<(), RegistryError> {
         let mut state = self.state();
-        let path = self.path(name);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(file("remove", &path)(error));
-            }
-            _ => sync_dir(&self.dir)?,
-        }
+        remove(&self.path(name))?;
         state.volumes.remove(name);
         Ok(())
     }
@@ -368,6 +371,14 @@ fn replace(path: &Path, bytes: &[u8]) -> Result<(), RegistryError> {
     out.sync_all().map_err(file("sync", &temporary))?;
     fs::rename(&temporary, path).map_err(file("rename", path))?;
     sync_dir(path.parent().unwrap_or(Path::new(".")))
+}
+
+/// No error if it is not there.
+fn remove(path: &Path) -> Result<(), RegistryError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(file("remove", path)(error)),
+        _ => sync_dir(path.parent().unwrap_or(Path::new("."))),
+    }
 }
 
 fn sync_dir(dir: &Path) -> Result<(), RegistryError> {

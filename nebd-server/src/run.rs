@@ -26,12 +26,14 @@ use nebd_backend::{
 };
 use nebd_keeper::inherit::{InheritError, Inherited};
 use nebd_keeper::notify::{Notifier, Reregister};
+use nebd_vhost::memory::Backing;
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::Signal;
 
 use crate::config::{Config, ConfigError};
 use crate::control::{Control, ControlInputs, NoticeSink, doorbell};
 use crate::fd_store::ServerStore;
+use crate::frontend::{Frontends, Places};
 use crate::holdings::{Holdings, LOCK};
 use crate::registry::{Registry, RegistryError, host_major};
 use crate::server::{AttachRequest, Server, ServerParts};
@@ -342,6 +344,7 @@ impl Assembly {
         let mut this = self;
         this.watch_keeper()?;
         let Assembly { server, holdings, control, admin, .. } = this;
+        server.frontends.open(&server.store);
         let admin = crate::admin::spawn(admin.into(), server.clone())
             .map_err(system("start the admin service"))?;
         server.upgrades.set_admin(admin);
@@ -403,7 +406,12 @@ fn build(
         file_engine,
         shards,
         memory_quota: Arc::new(MemoryQuota::new(config.access.memory_gib_max << 30)),
+        guest_memory: match config.vhost_user.unsealed_memory {
+            true => Backing::AnyFile,
+            false => Backing::Sealed,
+        },
         notices,
+        frontends: Frontends::new(Places::of(config)?).map_err(system("set up the frontends"))?,
     }))
 }
 

@@ -8,7 +8,7 @@
 //! Methods here may block; the control thread calls them on worker threads ([`crate::jobs`]).
 
 mod attach;
-mod operator;
+pub(crate) mod operator;
 mod status;
 
 use std::collections::{BTreeSet, HashMap};
@@ -20,8 +20,10 @@ use nebd_abi::VolumeName;
 use nebd_abi::host::HostPage;
 use nebd_abi::layout::{ServerState, SessionId};
 use nebd_backend::{Backend, FdStore, PreparedVolume};
+use nebd_vhost::memory::Backing;
 
 use crate::fd_store::ServerStore;
+use crate::frontend::Frontends;
 use crate::gate::Gate;
 use crate::jobs::Jobs;
 use crate::quarantine::Quarantine;
@@ -54,12 +56,16 @@ pub struct Server {
     pub shards: Vec<ShardHandle>,
     /// What each user may register.
     pub memory_quota: Arc<MemoryQuota>,
+    /// Which memory of guests is mapped.
+    pub guest_memory: Backing,
     /// Worker threads.
     pub jobs: Jobs,
     /// Open volumes.
     pub volumes: VolumeTable,
     /// Where notices to the control thread go.
     pub notices: crate::control::NoticeSink,
+    /// Attachments for hypervisors without our library.
+    pub frontends: Frontends,
     sessions: Mutex<HashMap<SessionId, Entry>>,
     /// The connections that speak for sessions; a successor gets them.
     speakers: Mutex<HashMap<SessionId, Arc<OwnedFd>>>,
@@ -86,7 +92,9 @@ pub struct ServerParts {
     pub file_engine: String,
     pub shards: Vec<ShardHandle>,
     pub memory_quota: Arc<MemoryQuota>,
+    pub guest_memory: Backing,
     pub notices: crate::control::NoticeSink,
+    pub frontends: Frontends,
 }
 
 struct Entry {
@@ -109,7 +117,9 @@ impl Server {
             file_engine: parts.file_engine,
             shards: parts.shards,
             notices: parts.notices,
+            frontends: parts.frontends,
             memory_quota: parts.memory_quota,
+            guest_memory: parts.guest_memory,
             jobs: Jobs::default(),
             volumes: VolumeTable::default(),
             sessions: Mutex::default(),

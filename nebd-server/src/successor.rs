@@ -276,6 +276,7 @@ impl Resumption {
         mut prepared: HashMap<SessionId, AttachRequest>,
         left: &[SessionId],
     ) -> Resumption {
+        server.frontends.load(server);
         let left: HashSet<SessionId> = left.iter().copied().collect();
         // A lock is a volume's: all of its sessions wait if one has requests at its storage.
         let locked: HashSet<VolumeName> =

@@ -18,7 +18,6 @@ mod stored;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::OnceLock;
 
 use nebd_abi::VolumeName;
 use nebd_abi::control::AttachFlags;
@@ -28,9 +27,10 @@ use nebd_vhost::memory::Backing;
 use rustix::event::epoll;
 
 use crate::control::Control;
+use crate::frontend::{Attachment, Connected};
+use crate::registry::AttachmentKind;
 use crate::server::{AttachError, AttachRequest, Origin};
-use crate::session::ledger::Attachment;
-use crate::session::{Memories, Session};
+use crate::session::{Memories, Session, ledger};
 use crate::shard::VirtEvent;
 use hypervisor::Breach;
 pub(crate) use hypervisor::Hypervisor;
@@ -39,28 +39,6 @@ pub(crate) use stored::{QUEUE_SIZE_MAX, Stored, disk_of};
 
 /// Messages of one hypervisor before others get their turn.
 const MESSAGES_MAX: usize = 64;
-
-static BACKING: OnceLock<Backing> = OnceLock::new();
-
-/// Says which memory of guests is mapped; once, before any is.
-pub(crate) fn set_backing(backing: Backing) {
-    let _ = BACKING.set(backing);
-}
-
-fn backing() -> Backing {
-    BACKING.get().copied().unwrap_or_default()
-}
-
-/// A disk that a hypervisor may attach.
-#[derive(Clone, Debug)]
-pub(crate) struct Export {
-    pub(crate) volume: VolumeName,
-    pub(crate) is_read_only: bool,
-    pub(crate) queues: u32,
-    /// Whose rights count.
-    pub(crate) uid: u32,
-    pub(crate) gid: u32,
-}
 
 /// The hypervisors of the control thread.
 #[derive(Default)]
@@ -73,35 +51,38 @@ pub(crate) struct Hypervisors {
 
 struct Busy {
     session: SessionId,
-    next: Option<(Export, OwnedFd)>,
+    next: Option<(Arc<Attachment>, OwnedFd)>,
+    /// Until the session is drained.
+    _connected: Connected,
 }
 
 impl Control {
     /// A hypervisor has connected.
-    pub(crate) fn accept_hypervisor(&mut self, export: Export, socket: OwnedFd) {
-        let Some(busy) = self.hypervisors.busy.get(&export.volume) else {
-            return self.attach_hypervisor(export, socket);
+    pub(crate) fn accept_hypervisor(&mut self, attachment: &Arc<Attachment>, socket: OwnedFd) {
+        let Some(busy) = self.hypervisors.busy.get(&attachment.volume) else {
+            return self.attach_hypervisor(attachment, socket);
         };
         // It may have hung up, and its end not have been looked at.
         if let Some(key) = self.hypervisors.keys.get(&busy.session).copied() {
             self.hypervisor_says(key);
             if self.hypervisors.by_key.get(&key).is_some_and(|known| !known.is_waiting()) {
                 tracing::warn!(
-                    volume = %export.volume,
+                    volume = %attachment.volume,
                     "a second hypervisor is turned away: the first is connected still"
                 );
                 return;
             }
         }
-        match self.hypervisors.busy.get_mut(&export.volume) {
-            Some(busy) => busy.next = Some((export, socket)),
-            None => self.attach_hypervisor(export, socket),
+        match self.hypervisors.busy.get_mut(&attachment.volume) {
+            Some(busy) => busy.next = Some((attachment.clone(), socket)),
+            None => self.attach_hypervisor(attachment, socket),
         }
     }
 
-    fn attach_hypervisor(&mut self, export: Export, socket: OwnedFd) {
-        let volume = export.volume.clone();
-        let request = match request_of(&export, socket) {
+    fn attach_hypervisor(&mut self, attachment: &Arc<Attachment>, socket: OwnedFd) {
+        let volume = attachment.volume.clone();
+        let Some(connected) = attachment.connect() else { return };
+        let request = match request_of(attachment, socket, self.server.guest_memory) {
             Ok(request) => request,
             Err(error) => {
                 tracing::warn!(%volume, %error, "a hypervisor cannot attach");
@@ -109,7 +90,8 @@ impl Control {
             }
         };
         let session = request.region.params().session;
-        self.hypervisors.busy.insert(volume.clone(), Busy { session, next: None });
+        let busy = Busy { session, next: None, _connected: connected };
+        self.hypervisors.busy.insert(volume.clone(), busy);
         let server = self.server.clone();
         let pass = server.gate.enter(format!("an attach of {volume}"));
         self.server.jobs.spawn(move || {
@@ -128,16 +110,13 @@ impl Control {
         session: Arc<Session>,
     ) {
         let key = self.new_hypervisor_key();
-        let (id, volume) = (session.id, session.volume.name.clone());
-        let is_inherited = session.ledger.is_inherited();
-        let known = self.hypervisors.busy.get(&volume).map(|busy| busy.session);
-        if known.is_some_and(|known| known != id) || known.is_none() && !is_inherited {
+        let id = session.id;
+        if !self.expect_hypervisor(&session) {
             // Nobody wants it any more.
             hypervisor.hang_up();
             return self.server.end_session(id);
         }
         session.set_connected(true);
-        self.hypervisors.busy.entry(volume).or_insert(Busy { session: id, next: None });
         hypervisor.set_session(session);
         hypervisor.forget_unnamed(&self.server);
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ONESHOT;
@@ -147,6 +126,23 @@ impl Control {
         }
         self.hypervisors.keys.insert(id, key);
         self.hypervisors.by_key.insert(key, *hypervisor);
+    }
+
+    /// Whether this session's attachment is there still; one of a predecessor counts as connected now.
+    fn expect_hypervisor(&mut self, session: &Session) -> bool {
+        let volume = &session.volume.name;
+        if let Some(busy) = self.hypervisors.busy.get(volume) {
+            return busy.session == session.id;
+        }
+        let key = (volume.clone(), AttachmentKind::VhostUser);
+        let attachment = self.server.frontends.attachment(&key);
+        let connected = attachment.and_then(|attachment| attachment.connect());
+        let Some(connected) = connected.filter(|_| session.ledger.is_inherited()) else {
+            return false;
+        };
+        let busy = Busy { session: session.id, next: None, _connected: connected };
+        self.hypervisors.busy.insert(volume.clone(), busy);
+        true
     }
 
     /// Something stands in a hypervisor's socket.
@@ -219,10 +215,10 @@ impl Control {
         }
         let volume = self.hypervisors.busy.iter().find(|(_, busy)| busy.session == session);
         let Some(volume) = volume.map(|(volume, _)| volume.clone()) else { return };
-        if let Some(Busy { next: Some((export, socket)), .. }) =
+        if let Some(Busy { next: Some((attachment, socket)), .. }) =
             self.hypervisors.busy.remove(&volume)
         {
-            self.attach_hypervisor(export, socket);
+            self.attach_hypervisor(&attachment, socket);
         }
     }
 
@@ -263,14 +259,19 @@ pub(crate) fn own_region(
     Ok(region)
 }
 
-fn request_of(export: &Export, socket: OwnedFd) -> Result<AttachRequest, AttachError> {
+fn request_of(
+    attachment: &Attachment,
+    socket: OwnedFd,
+    backing: Backing,
+) -> Result<AttachRequest, AttachError> {
     let peer = rustix::net::sockopt::socket_peercred(&socket).ok();
     let client_pid = peer.map_or(0, |peer| peer.pid.as_raw_nonzero().get() as u32);
-    let region = own_region(&export.volume, export.queues, client_pid, "vhost-user");
+    let (record, volume) = (&attachment.record, &attachment.volume);
+    let region = own_region(volume, record.queues, client_pid, "vhost-user");
     let region =
         region.map_err(|source| AttachError::Memory { session: SessionId([0; 16]), source })?;
-    let flags = if export.is_read_only { AttachFlags::READ_ONLY } else { AttachFlags::default() };
-    let vhost = Stored::new(socket).map_err(ResumeError::from)?;
+    let flags = if record.read_only { AttachFlags::READ_ONLY } else { AttachFlags::default() };
+    let vhost = Stored::new(socket, backing).map_err(ResumeError::from)?;
     Ok(AttachRequest {
         origin: Origin::Client,
         region: Arc::new(region),
@@ -279,11 +280,11 @@ fn request_of(export: &Export, socket: OwnedFd) -> Result<AttachRequest, AttachE
         peer: None,
         ledger: None,
         memories: Memories::new(),
-        attachment: Attachment {
+        attachment: ledger::Attachment {
             major: 0,
             attach_flags: flags.0,
-            client_uid: export.uid,
-            client_gid: export.gid,
+            client_uid: peer.map_or(0, |peer| peer.uid.as_raw()),
+            client_gid: peer.map_or(0, |peer| peer.gid.as_raw()),
             client_pid,
             incarnation: 0,
         },

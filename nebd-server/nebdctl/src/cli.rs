@@ -1,5 +1,6 @@
 //! The command line.
 
+pub mod attachment;
 pub mod upgrade;
 
 use std::path::PathBuf;
@@ -42,6 +43,19 @@ pub enum Command {
     /// Create, list, resize, delete volumes; deal with parked ones
     #[command(subcommand)]
     Volume(VolumeCommand),
+    /// Serve a volume to a hypervisor that does not have nebd's library
+    ///
+    /// From now on, and after every restart, until it is detached. Prints the socket, and what to tell
+    /// the hypervisor. Who connects needs the right to the volume (its owner or mode) as any other
+    /// client does.
+    #[command(after_help = attachment::HELP)]
+    Attach(attachment::AttachArgs),
+    /// End what attach began; the hypervisor loses its disk
+    #[command(after_help = attachment::HELP)]
+    Detach(attachment::DetachArgs),
+    /// List the volumes that are served to hypervisors without nebd's library
+    #[command(after_help = attachment::HELP)]
+    Attachments(OutputArgs),
     /// Show the server, its sessions and queues, and the blackouts their clients saw
     Status(OutputArgs),
     /// Replace the server under its clients, and go back by itself if that does not go well

@@ -1,5 +1,6 @@
 //! `nebdctl`, the operator's command for nebd.
 
+mod attachment;
 mod bench;
 mod cli;
 mod connection;
@@ -56,6 +57,9 @@ fn run(cli: Cli) -> Result<String, Failure> {
     };
     match cli.command {
         Command::Volume(command) => volume::run(&cli.socket, &connect()?, command),
+        Command::Attach(args) => attachment::attach(&connect()?, args),
+        Command::Detach(args) => attachment::detach(&connect()?, args),
+        Command::Attachments(output) => attachment::list(&connect()?, output),
         Command::Status(output) => status::run(&connect()?, output),
         Command::Upgrade(args) => upgrade::run(&connect()?, &args),
         Command::Rollback(output) => upgrade::rollback(&connect()?, output),

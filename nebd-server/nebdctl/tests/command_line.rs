@@ -70,6 +70,10 @@ fn a_wrong_command_line_is_exit_code_2() {
         "volume import disk.vmdk file:a --format vmdk",
         "volume export file:a disk.raw --format auto",
         "volume export file:a disk.raw --iodepth 0",
+        "attach file:a",
+        "attach file:a --as scsi",
+        "attach file:a --as vhost-user --queues 65",
+        "detach",
     ] {
         let output = nebdctl(Path::new("/nonexistent"), command);
         assert_eq!(output.status.code(), Some(2), "{command}");
@@ -101,6 +105,22 @@ fn volumes_are_made_listed_resized_and_deleted() {
     let gone = run("volume info file:a");
     assert_eq!(gone.status.code(), Some(1));
     assert_eq!(json(&run("status --json"))["pid"], std::process::id());
+}
+
+#[test]
+fn an_attach_listens_at_one_socket_and_speaks_to_the_server_at_another() {
+    let fake = Fake::start();
+    let run = |before: &Path, options: String| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_nebdctl"));
+        command.env_remove("NEBD_SOCKET").arg("--socket").arg(before);
+        command.args(["attach", "file:a", "--as", "vhost-user", "--socket", "x", "--json"]);
+        command.args(options.split_whitespace()).output().unwrap()
+    };
+    let output = run(fake.socket(), String::new());
+    let socket = json(&output)["socket"].as_str().unwrap().to_owned();
+    assert!(socket.starts_with('/') && socket.ends_with("/x"), "{socket}");
+    let options = format!("--server-socket {}", fake.socket().display());
+    assert_eq!(json(&run(Path::new("/nonexistent"), options))["socket"], socket.as_str());
 }
 
 #[test]

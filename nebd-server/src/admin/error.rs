@@ -1,11 +1,16 @@
 //! Why an admin call fails, and how that travels: a gRPC code, a message for a person, an errno
 //! in the metadata for a program.
 
+use std::path::PathBuf;
+
 use nebd_abi::name::VolumeNameError;
 use nebd_abi::{Errno, VolumeName};
 use nebd_backend::BackendError;
 use nebd_rpc::ERRNO_METADATA;
 use tonic::{Code, Status};
+
+use crate::frontend::ListenError;
+use crate::registry::AttachmentKind;
 
 /// Why an admin call failed. Each message tells what happened, to which volume, and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +38,36 @@ pub enum AdminError {
         /// How many.
         sessions: u32,
     },
+    /// It is attached for hypervisors.
+    #[error("volume {volume} is attached as {kind}; `nebdctl detach {volume}` ends that")]
+    HasAttachment {
+        /// Which volume.
+        volume: VolumeName,
+        /// As what.
+        kind: AttachmentKind,
+    },
+    /// It is not attached for hypervisors.
+    #[error("volume {volume} is not attached like that; `nebdctl attachments` shows what is")]
+    NotAttached {
+        /// Which volume.
+        volume: VolumeName,
+    },
+    /// Another attachment has the socket.
+    #[error(
+        "socket {} is that of volume {volume}, attached as {kind}; only attachments as nbd share \
+         one", socket.display()
+    )]
+    SocketTaken {
+        /// Where.
+        socket: PathBuf,
+        /// Whose it is.
+        volume: VolumeName,
+        /// As what.
+        kind: AttachmentKind,
+    },
+    /// Nobody can listen there.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
     /// The caller lacks the right.
     #[error("volume {volume}: user {uid} may not {action}; ask its owner or root")]
     Denied {
@@ -144,7 +179,10 @@ impl AdminError {
             AdminError::RootOnly { .. } => Errno(libc::EPERM),
             AdminError::UpgradeRunning | AdminError::OnProbation => Errno(libc::EBUSY),
             AdminError::Exists { .. } => Errno(libc::EEXIST),
-            AdminError::Attached { .. } => Errno(libc::EBUSY),
+            AdminError::Attached { .. } | AdminError::HasAttachment { .. } => Errno(libc::EBUSY),
+            AdminError::NotAttached { .. } => Errno(libc::ENOENT),
+            AdminError::SocketTaken { .. } => Errno(libc::EADDRINUSE),
+            AdminError::Listen(error) => error.errno(),
             AdminError::Denied { .. } => Errno(libc::EACCES),
             AdminError::Name(_)
             | AdminError::Invalid { .. }
@@ -168,9 +206,9 @@ impl AdminError {
                 libc::ENOENT => Code::NotFound,
                 libc::EEXIST => Code::AlreadyExists,
                 libc::EACCES | libc::EPERM => Code::PermissionDenied,
-                libc::EINVAL => Code::InvalidArgument,
+                libc::EINVAL | libc::ENAMETOOLONG => Code::InvalidArgument,
                 libc::EOPNOTSUPP => Code::Unimplemented,
-                libc::EBUSY => Code::FailedPrecondition,
+                libc::EBUSY | libc::EADDRINUSE => Code::FailedPrecondition,
                 libc::EAGAIN => Code::Unavailable,
                 libc::ENOSPC | libc::EDQUOT | libc::EMFILE | libc::ENFILE | libc::ENOMEM => {
                     Code::ResourceExhausted

@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use nebd_rpc::admin::admin_server::{Admin, AdminServer};
 use nebd_rpc::admin::{
-    AbortVolumeRequest, CreateVolumeRequest, DeleteVolumeReply, DeleteVolumeRequest,
-    GetStatusRequest, GetUpgradeRequest, GetVolumeRequest, LimitVolumeRequest, ListVolumesReply,
-    ListVolumesRequest, ResizeVolumeRequest, StartUpgradeRequest, Status as ServerStatus,
-    UnparkVolumeRequest, Upgrade, Volume,
+    AbortVolumeRequest, AttachRequest, Attachment, CreateVolumeRequest, DeleteVolumeReply,
+    DeleteVolumeRequest, DetachReply, DetachRequest, GetStatusRequest, GetUpgradeRequest,
+    GetVolumeRequest, LimitVolumeRequest, ListAttachmentsReply, ListAttachmentsRequest,
+    ListVolumesReply, ListVolumesRequest, ResizeVolumeRequest, StartUpgradeRequest,
+    Status as ServerStatus, UnparkVolumeRequest, Upgrade, Volume,
 };
 use tokio::sync::Semaphore;
 use tonic::transport::server::UdsConnectInfo;
@@ -132,6 +133,33 @@ impl Admin for Service {
         request: Request<LimitVolumeRequest>,
     ) -> Result<Response<Volume>, Status> {
         self.call(request, |api, caller, request| api.limit_volume(caller, request)).await
+    }
+
+    async fn attach(
+        &self,
+        request: Request<AttachRequest>,
+    ) -> Result<Response<Attachment>, Status> {
+        self.call(request, |api, caller, request| api.attach_volume(caller, request)).await
+    }
+
+    async fn detach(
+        &self,
+        request: Request<DetachRequest>,
+    ) -> Result<Response<DetachReply>, Status> {
+        self.call(request, |api, caller, request| {
+            Ok(DetachReply { attachments: api.detach_volume(caller, request)? })
+        })
+        .await
+    }
+
+    async fn list_attachments(
+        &self,
+        request: Request<ListAttachmentsRequest>,
+    ) -> Result<Response<ListAttachmentsReply>, Status> {
+        self.call(request, |api, caller, _| {
+            Ok(ListAttachmentsReply { attachments: api.attachments(caller)? })
+        })
+        .await
     }
 
     async fn start_upgrade(

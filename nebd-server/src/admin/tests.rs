@@ -91,6 +91,24 @@ impl AdminApi for Fake {
         self.find(&request.name)
     }
 
+    fn attach_volume(&self, _: &Caller, request: AttachRequest) -> Result<Attachment, AdminError> {
+        self.find(&request.volume)?;
+        Ok(Attachment { volume: request.volume, ..Attachment::default() })
+    }
+
+    fn detach_volume(
+        &self,
+        _: &Caller,
+        request: DetachRequest,
+    ) -> Result<Vec<Attachment>, AdminError> {
+        let volume = request.volume.parse()?;
+        Err(AdminError::NotAttached { volume })
+    }
+
+    fn attachments(&self, _: &Caller) -> Result<Vec<Attachment>, AdminError> {
+        Ok(Vec::new())
+    }
+
     fn status(&self, _: &Caller, _: GetStatusRequest) -> Result<Status, AdminError> {
         Ok(Status { pid: std::process::id(), ..Status::default() })
     }

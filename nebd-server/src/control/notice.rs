@@ -7,6 +7,7 @@ use crossbeam::channel::{Receiver, Sender, unbounded};
 use nebd_abi::layout::SessionId;
 use rustix::event::EventfdFlags;
 
+use crate::frontend::Attachment;
 use crate::session::Session;
 use crate::vhost::Hypervisor;
 
@@ -28,6 +29,8 @@ pub enum Notice {
     },
     /// A hypervisor's session is served.
     Hypervisor(Box<Hypervisor>, Arc<Session>),
+    /// An attachment is being detached: its connections are to be ended.
+    Detached(Arc<Attachment>),
     /// A session's volume was parked, or goes on.
     Parked(SessionId, bool),
     /// A session's volume has a new size.

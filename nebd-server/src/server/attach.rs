@@ -573,7 +573,8 @@ impl Server {
         let queue_count = region.geometry().queue_count;
         let vhost = match is_own(&region) {
             true => {
-                let stored = Stored::fetch(&*self.store, id, queue_count as usize);
+                let rings = queue_count as usize;
+                let stored = Stored::fetch(&*self.store, id, rings, self.guest_memory);
                 Some(stored?.ok_or(StoredError::Missing("connection"))?)
             }
             false => None,

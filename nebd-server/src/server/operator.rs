@@ -17,7 +17,7 @@ use crate::throttle::{BURST_MS_MAX, Limits};
 /// Smallest volume.
 const VOLUME_BYTES_MIN: u64 = 1 << 20;
 
-fn registry_error(
+pub(crate) fn registry_error(
     volume: &VolumeName,
     action: &'static str,
 ) -> impl FnOnce(RegistryError) -> AdminError {
@@ -50,7 +50,7 @@ impl Server {
     }
 
     /// Only the owner and root may change what a volume is.
-    fn record_as_owner(
+    pub(crate) fn record_as_owner(
         &self,
         caller: &Caller,
         name: &VolumeName,
@@ -356,6 +356,7 @@ impl AdminApi for Server {
         }
         let record = self.record_as_owner(caller, &name, "delete it")?;
         let backend = self.backend_of(&name)?;
+        let _deletion = self.frontends.start_deletion(&name)?;
         let deleted = self.volumes.while_closed(&name, || -> Result<(), AdminError> {
             // A session that has its place but not its volume yet.
             let sessions = self.session_count(&name);
@@ -436,6 +437,26 @@ impl AdminApi for Server {
         }
         tracing::info!(volume = %name, ?limits, uid = caller.uid, "volume limited");
         Ok(self.describe(&name, &record))
+    }
+
+    fn attach_volume(
+        &self,
+        caller: &Caller,
+        request: admin::AttachRequest,
+    ) -> Result<admin::Attachment, AdminError> {
+        self.attach_frontend(caller, &request)
+    }
+
+    fn detach_volume(
+        &self,
+        caller: &Caller,
+        request: admin::DetachRequest,
+    ) -> Result<Vec<admin::Attachment>, AdminError> {
+        self.detach_frontend(caller, &request)
+    }
+
+    fn attachments(&self, caller: &Caller) -> Result<Vec<admin::Attachment>, AdminError> {
+        Ok(self.list_frontends(caller))
     }
 
     fn status(

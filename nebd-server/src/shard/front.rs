@@ -31,19 +31,19 @@ impl Front {
         }
     }
 
-    /// Where the data of a request is, if this side has found it already.
-    pub(super) fn data(&self, slot: u32) -> Option<Segments> {
+    /// Where the data is of a request that is about to be dispatched, if this side has found it already.
+    pub(super) fn take_data(&mut self, slot: u32) -> Option<Segments> {
         match self {
             Front::Ring(_) => None,
-            Front::Virt(front) => Some(front.data(slot)),
+            Front::Virt(front) => Some(front.take_data(slot)),
         }
     }
 
-    /// Whether this slot holds a request that waits for its answer.
-    pub(super) fn holds(&self, slot: u32) -> bool {
+    /// Whether this request waits for its answer still.
+    pub(super) fn holds(&self, request: &Request) -> bool {
         match self {
             Front::Ring(_) => true,
-            Front::Virt(front) => front.holds(slot),
+            Front::Virt(front) => front.holds(request.slot, request.seq),
         }
     }
 
@@ -51,7 +51,7 @@ impl Front {
     pub(super) fn publish(&mut self, slot: u32, seq: u64, result: Result<(), Errno>) {
         match self {
             Front::Ring(ring) => ring.publish(slot, seq, result),
-            Front::Virt(front) => front.publish(slot, result),
+            Front::Virt(front) => front.publish(slot, seq, result),
         }
     }
 

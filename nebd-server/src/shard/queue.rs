@@ -218,7 +218,7 @@ impl QueueTask {
         suspect: bool,
     ) {
         self.refresh_memories();
-        let data = self.front.data(request.slot);
+        let data = self.front.take_data(request.slot);
         let translated = match translate(&self.session, &self.memories, request, data) {
             Ok(translated) => translated,
             Err(rejected) => {
@@ -288,7 +288,7 @@ impl QueueTask {
         context: &ShardContext,
         request: RingRequest,
     ) {
-        if self.draining || !self.front.holds(request.slot) {
+        if self.draining || !self.front.holds(&request) {
             context.events.send(ShardEvent::SuspectAnswered(self.session.id));
         } else if self.parked {
             self.held.push(request);

@@ -85,6 +85,9 @@ pub enum VirtNews {
 /// A chain that waits for its answer.
 struct Taken {
     ticket: Ticket,
+    /// A slot may have been another chain's when a request was held back.
+    seq: u64,
+    /// Until it is dispatched.
     data: Segments,
     /// Bytes that the driver is told of.
     written: u32,
@@ -249,19 +252,11 @@ impl VirtFront {
             Ok(Operation::Done(written)) => return self.answer(ticket, Status::Ok, written),
             Err(refused) => return self.answer(ticket, refused.0, 0),
         };
-        let place = self.taken.get_mut(slot as usize)?;
-        *place = Some(Taken { ticket, data, written });
         let last = self.ledger.last_seq(self.ledger_base + slot);
         let seq = if is_again { last } else { last.wrapping_add(1) };
-        Some(Request {
-            slot,
-            seq,
-            op: Ok(op),
-            flags: Ok(flags),
-            offset,
-            length,
-            buffers: Buffers::None,
-        })
+        *self.taken.get_mut(slot as usize)? = Some(Taken { ticket, seq, data, written });
+        let (op, flags, buffers) = (Ok(op), Ok(flags), Buffers::None);
+        Some(Request { slot, seq, op, flags, offset, length, buffers })
     }
 
     fn answer(&mut self, ticket: Ticket, status: Status, written: u32) -> Option<Request> {
@@ -272,17 +267,20 @@ impl VirtFront {
         None
     }
 
-    pub(super) fn data(&self, slot: u32) -> Segments {
+    /// Where the data is of a request that is about to be dispatched.
+    pub(super) fn take_data(&mut self, slot: u32) -> Segments {
+        let taken = self.taken.get_mut(slot as usize).and_then(Option::as_mut);
+        taken.map_or(Segments::None, |taken| std::mem::replace(&mut taken.data, Segments::None))
+    }
+
+    pub(super) fn holds(&self, slot: u32, seq: u64) -> bool {
         let taken = self.taken.get(slot as usize).and_then(Option::as_ref);
-        taken.map_or(Segments::None, |taken| taken.data.clone())
+        taken.is_some_and(|taken| taken.seq == seq)
     }
 
-    pub(super) fn holds(&self, slot: u32) -> bool {
-        self.taken.get(slot as usize).is_some_and(Option::is_some)
-    }
-
-    pub(super) fn publish(&mut self, slot: u32, result: Result<(), Errno>) {
-        let taken = self.taken.get_mut(slot as usize).and_then(Option::take);
+    pub(super) fn publish(&mut self, slot: u32, seq: u64, result: Result<(), Errno>) {
+        let taken = self.taken.get_mut(slot as usize);
+        let taken = taken.and_then(|taken| taken.take_if(|taken| taken.seq == seq));
         let (Some(taken), Some(queue)) = (taken, &mut self.queue) else { return };
         let (status, written) = match result {
             Ok(()) => (Status::Ok, taken.written),

@@ -14,13 +14,12 @@ use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use nebd_abi::VolumeName;
 use nebd_abi::layout::SessionId;
 use nebd_backend::FdStore;
 use nebd_vhost::connection::{Connection, ConnectionError, Envelope, Peeked};
 use nebd_vhost::device::{Action, Device, Doorbell, Refusal};
 use nebd_vhost::inflight::{InflightRecord, Layout, QueueRecord, RecordError};
-use nebd_vhost::memory::{GuestMemory, MappedRegion, MemoryError, RegionSpec};
+use nebd_vhost::memory::{Backing, GuestMemory, MappedRegion, MemoryError, RegionSpec};
 use nebd_vhost::message::{InflightDescription, Reply, config_changed};
 use nebd_vhost::queue::{F_RING_PACKED, StartError, VirtQueue};
 use rustix::net::SendFlags;
@@ -133,10 +132,6 @@ impl Hypervisor {
         self.id
     }
 
-    pub(super) fn volume(&self) -> Option<&VolumeName> {
-        self.session.as_ref().map(|session| &session.volume.name)
-    }
-
     pub(super) fn socket(&self) -> BorrowedFd<'_> {
         self.connection.socket()
     }
@@ -231,7 +226,7 @@ impl Hypervisor {
                 commands = self.to_running(|| VirtCommand::SetMemory(self.memory.clone()));
             }
             Action::AddMemory(spec, fd) => {
-                let region = map(spec, fd, strays)?;
+                let region = map(spec, fd, server.guest_memory, strays)?;
                 let memory = self.memory.with(region.0)?;
                 let serial = self.keep(server, region.1.as_fd())?;
                 self.kept.regions.retain(|(known, _)| !known.is_same_as(&spec));
@@ -330,7 +325,7 @@ impl Hypervisor {
     ) -> Result<(), Breach> {
         let mut mapped = Vec::with_capacity(regions.len());
         for (spec, fd) in regions {
-            mapped.push((spec, map(spec, fd, strays)?));
+            mapped.push((spec, map(spec, fd, server.guest_memory, strays)?));
         }
         let memory =
             GuestMemory::new(mapped.iter().map(|(_, (region, _))| region.clone()).collect())?;
@@ -594,9 +589,10 @@ impl Hypervisor {
 fn map(
     spec: RegionSpec,
     fd: OwnedFd,
+    backing: Backing,
     strays: &mut Vec<OwnedFd>,
 ) -> Result<(Arc<MappedRegion>, OwnedFd), Breach> {
-    match MappedRegion::map(spec, fd.as_fd(), super::backing()) {
+    match MappedRegion::map(spec, fd.as_fd(), backing) {
         Ok(region) => Ok((region, fd)),
         Err(error) => {
             strays.push(fd);

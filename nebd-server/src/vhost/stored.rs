@@ -12,7 +12,7 @@ use nebd_vhost::connection::{Connection, ConnectionError, Resumed};
 use nebd_vhost::device::Device;
 use nebd_vhost::inflight::{InflightRecord, RecordError};
 use nebd_vhost::journal::{Journal, JournalError};
-use nebd_vhost::memory::{GuestMemory, MappedRegion, MemoryError};
+use nebd_vhost::memory::{Backing, GuestMemory, MappedRegion, MemoryError};
 use nebd_vhost::request::{Disk, SERIAL_BYTES};
 
 use super::hypervisor::Hypervisor;
@@ -66,13 +66,15 @@ pub struct Stored {
     kept: BTreeMap<Serial, OwnedFd>,
     /// Mapped in advance.
     mapped: BTreeMap<Serial, Arc<MappedRegion>>,
+    backing: Backing,
 }
 
 impl Stored {
     /// A connection that was just accepted.
-    pub(crate) fn new(socket: OwnedFd) -> Result<Stored, JournalError> {
+    pub(crate) fn new(socket: OwnedFd, backing: Backing) -> Result<Stored, JournalError> {
         let journal = Journal::create()?;
-        Ok(Stored { socket, journal, kept: BTreeMap::new(), mapped: BTreeMap::new() })
+        let (kept, mapped) = (BTreeMap::new(), BTreeMap::new());
+        Ok(Stored { socket, journal, kept, mapped, backing })
     }
 
     /// What the store has of a session, if it is a hypervisor's; its guest's memory is mapped. Nothing is
@@ -81,6 +83,7 @@ impl Stored {
         store: &dyn FdStore,
         id: SessionId,
         rings: usize,
+        backing: Backing,
     ) -> Result<Option<Stored>, JournalError> {
         let name = |what: &str| Session::store_name(id, what);
         let (Some(socket), Some(journal)) =
@@ -97,13 +100,11 @@ impl Stored {
                 kept.insert(serial, fd);
             }
         }
-        let mut stored = Stored { socket, journal, kept, mapped: BTreeMap::new() };
+        let mut stored = Stored { socket, journal, kept, mapped: BTreeMap::new(), backing };
         let state = stored.journal.state().unwrap_or_default();
         for (spec, serial) in Kept::decode(&state, rings).map_or(vec![], |(kept, _)| kept.regions) {
-            let mapped = stored
-                .kept
-                .get(&serial)
-                .map(|fd| MappedRegion::map(spec, fd.as_fd(), super::backing()));
+            let mapped =
+                stored.kept.get(&serial).map(|fd| MappedRegion::map(spec, fd.as_fd(), backing));
             if let Some(Ok(region)) = mapped {
                 stored.mapped.insert(serial, region);
             }
@@ -142,7 +143,7 @@ impl Stored {
         volume: &Arc<OpenVolume>,
         ledger: &Ledger,
     ) -> Result<(Hypervisor, Vec<(Front, Vec<Request>)>), ResumeError> {
-        let Stored { socket, journal, kept: fds, mapped } = self;
+        let Stored { socket, journal, kept: fds, mapped, backing } = self;
         let state = journal.state().unwrap_or_default();
         let rings = disk.queues;
         let (kept, state) = Kept::decode(&state, rings.into()).ok_or(ResumeError::State)?;
@@ -157,7 +158,7 @@ impl Stored {
                 Some(region) => region.clone(),
                 None => {
                     let fd = fds.get(serial).ok_or(ResumeError::Missing)?;
-                    MappedRegion::map(*spec, fd.as_fd(), super::backing())?
+                    MappedRegion::map(*spec, fd.as_fd(), backing)?
                 }
             });
         }

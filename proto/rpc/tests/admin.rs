@@ -1,7 +1,8 @@
 //! Golden bytes of the admin API: a field that is renumbered or changes its type fails here.
 
 use nebd_rpc::admin::{
-    self, Blackout, ClientSupport, Counters, CreateVolumeRequest, OpCounters, Queue,
+    self, AttachRequest, Attachment, AttachmentKind, Blackout, ClientSupport, Counters,
+    CreateVolumeRequest, DetachReply, DetachRequest, ListAttachmentsReply, OpCounters, Queue,
     ResizeVolumeRequest, Session, StartUpgradeRequest, Status, Takeover, Upgrade, UpgradeStep,
     Volume,
 };
@@ -34,6 +35,39 @@ fn requests() {
         shrink: true,
     };
     check(resize, "0a010112016218032001");
+}
+
+#[test]
+fn attachments() {
+    let attach = AttachRequest {
+        operation_id: vec![1].into(),
+        volume: "b".into(),
+        kind: AttachmentKind::VhostUser.into(),
+        socket: "d".into(),
+        queues: 5,
+        read_only: true,
+    };
+    check(attach, "0a0101120162180122016428053001");
+    let detach = DetachRequest {
+        operation_id: vec![1].into(),
+        volume: "b".into(),
+        kind: AttachmentKind::Nbd.into(),
+    };
+    check(detach, "0a01011201621802");
+    let attachment = Attachment {
+        volume: "a".into(),
+        kind: AttachmentKind::Nbd.into(),
+        socket: "c".into(),
+        read_only: true,
+        queues: 5,
+        connected: 6,
+        problem: "g".into(),
+    };
+    let bytes = "0a016110021a01632001280530063a0167";
+    check(attachment.clone(), bytes);
+    let nested = format!("0a11{bytes}");
+    check(DetachReply { attachments: vec![attachment.clone()] }, &nested);
+    check(ListAttachmentsReply { attachments: vec![attachment] }, &nested);
 }
 
 #[test]

@@ -15,10 +15,11 @@ use breakable::{Break, Breakable};
 
 use nebd_rpc::admin::admin_server::{Admin, AdminServer};
 use nebd_rpc::admin::{
-    AbortVolumeRequest, CreateVolumeRequest, DeleteVolumeReply, DeleteVolumeRequest,
-    GetStatusRequest, GetUpgradeRequest, GetVolumeRequest, LimitVolumeRequest, ListVolumesReply,
-    ListVolumesRequest, ResizeVolumeRequest, StartUpgradeRequest, Status as ServerStatus,
-    UnparkVolumeRequest, Upgrade, Volume,
+    AbortVolumeRequest, AttachRequest, Attachment, CreateVolumeRequest, DeleteVolumeReply,
+    DeleteVolumeRequest, DetachReply, DetachRequest, GetStatusRequest, GetUpgradeRequest,
+    GetVolumeRequest, LimitVolumeRequest, ListAttachmentsReply, ListAttachmentsRequest,
+    ListVolumesReply, ListVolumesRequest, ResizeVolumeRequest, StartUpgradeRequest,
+    Status as ServerStatus, UnparkVolumeRequest, Upgrade, Volume,
 };
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::UnixListenerStream;
@@ -248,6 +249,30 @@ impl Admin for Service {
             volume.clone()
         })
         .map(Response::new)
+    }
+
+    async fn attach(&self, request: Request<AttachRequest>) -> Answer<Attachment> {
+        let request = request.into_inner();
+        Ok(Response::new(Attachment {
+            volume: request.volume,
+            kind: request.kind,
+            socket: request.socket,
+            read_only: request.read_only,
+            queues: request.queues,
+            ..Attachment::default()
+        }))
+    }
+
+    async fn detach(&self, request: Request<DetachRequest>) -> Answer<DetachReply> {
+        let volume = request.into_inner().volume;
+        Err(Status::not_found(format!("volume {volume} is not attached")))
+    }
+
+    async fn list_attachments(
+        &self,
+        _: Request<ListAttachmentsRequest>,
+    ) -> Answer<ListAttachmentsReply> {
+        Ok(Response::new(ListAttachmentsReply::default()))
     }
 
     async fn start_upgrade(&self, request: Request<StartUpgradeRequest>) -> Answer<Upgrade> {
