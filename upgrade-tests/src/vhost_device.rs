@@ -28,8 +28,8 @@ use std::thread::JoinHandle;
 use nebd_abi::region::RegionError;
 
 pub use control::Control;
-pub use guest::{Answer, Guest, PIECES_MAX, RequestKind, TRANSFER_BYTES_MAX};
 use guest::Plan;
+pub use guest::{Answer, Guest, PIECES_MAX, RequestKind, TRANSFER_BYTES_MAX};
 use hypervisor::{Hypervisor, feature};
 use memory::Memory;
 pub use message::MessageError;
@@ -59,6 +59,9 @@ pub struct Options {
     pub event_idx: bool,
     /// Every message is acknowledged.
     pub acknowledged: bool,
+    /// The data of some requests lies in two regions of memory. Not every server can do that:
+    /// libvhost-user, of qemu-storage-daemon, takes it for a loop in an indirect table.
+    pub straddles: bool,
 }
 
 impl Options {
@@ -73,6 +76,7 @@ impl Options {
             indirect: true,
             event_idx: true,
             acknowledged: true,
+            straddles: true,
         }
     }
 }
@@ -159,7 +163,7 @@ impl Disk {
         if asked & !offer.features != 0 {
             return Err(DriverError::Missing(asked & !offer.features));
         }
-        let plan = Plan::new(options.queues, options.ring_size, options.depth);
+        let plan = Plan::new(options.queues, options.ring_size, options.depth, options.straddles);
         let memory = Arc::new(Memory::new(plan.bytes, plan.split)?);
         let guest = Guest::new(memory.clone(), plan.clone(), kind, shared.clone());
         hypervisor.start(memory, plan, kind)?;

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use clap::{Args, Parser, Subcommand};
-use nebd_upgrade_tests::campaign::{self, CampaignConfig, Kill};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use nebd_upgrade_tests::campaign::{self, CampaignConfig, Kill, Way};
 use nebd_upgrade_tests::client_device::{AttachOptions, ClientDevice};
 use nebd_upgrade_tests::device::Device;
 use nebd_upgrade_tests::file_device::FileDevice;
@@ -53,6 +53,14 @@ struct Soak {
     /// POINT:ACTION.
     #[arg(long, value_delimiter = ',', default_value = "sigkill")]
     kind: Vec<Kill>,
+    /// How volumes are attached.
+    #[arg(long, value_enum, default_value_t)]
+    way: WayName,
+    #[command(flatten)]
+    rings: Rings,
+    /// By vhost-user: control messages are sent all the time.
+    #[arg(long)]
+    churn: bool,
     /// Requests in flight on each volume.
     #[arg(long, default_value_t = 32)]
     depth: u32,
@@ -156,6 +164,16 @@ struct Run {
     json: bool,
 }
 
+/// How volumes are attached.
+#[derive(Clone, Copy, Default, ValueEnum)]
+enum WayName {
+    /// By the part client.
+    #[default]
+    Library,
+    /// By vhost-user-blk, without a guest.
+    VhostUser,
+}
+
 /// How a driver of vhost-user-blk goes about it.
 #[derive(Args)]
 struct Rings {
@@ -177,6 +195,9 @@ struct Rings {
     /// Messages are not acknowledged.
     #[arg(long)]
     no_acknowledgements: bool,
+    /// The data of a request lies in one region of memory.
+    #[arg(long)]
+    no_straddling: bool,
 }
 
 impl Rings {
@@ -192,6 +213,7 @@ impl Rings {
             indirect: !self.no_indirect,
             event_idx: !self.no_event_idx,
             acknowledged: !self.no_acknowledgements,
+            straddles: !self.no_straddling,
             ..vhost_device::Options::new(socket)
         })
     }
@@ -220,7 +242,15 @@ fn main() -> ExitCode {
 
 fn run_soak(soak: Soak) -> anyhow::Result<bool> {
     let programs = Programs::find(soak.nebd_server, soak.fence_store)?;
+    let way = match soak.way {
+        WayName::Library => Way::Library,
+        WayName::VhostUser => Way::VhostUser {
+            options: soak.rings.options(Path::new(""), soak.depth)?,
+            churns: soak.churn,
+        },
+    };
     let config = CampaignConfig {
+        way,
         sessions: soak.sessions,
         kills: soak.kills,
         kinds: soak.kind,

@@ -43,13 +43,14 @@ pub(super) struct Plan {
     requests: u64,
     data: u64,
     pub(super) bytes: u64,
-    /// Where a region ends and the next begins: in the middle of some request's data.
+    /// Where a region ends and the next begins.
     pub(super) split: u64,
     pub(super) slots: usize,
 }
 
 impl Plan {
-    pub(super) fn new(queues: usize, ring_size: u16, slots: usize) -> Plan {
+    /// With `straddles`, a region ends in the middle of some request's data.
+    pub(super) fn new(queues: usize, ring_size: u16, slots: usize, straddles: bool) -> Plan {
         let mut end = 0;
         let rings = (0..queues)
             .map(|_| {
@@ -61,7 +62,8 @@ impl Plan {
         let requests = end.next_multiple_of(4096);
         let data = (requests + REQUEST_BYTES * slots as u64).next_multiple_of(4096);
         let bytes = data + (slots * TRANSFER_BYTES_MAX) as u64;
-        let split = data + (slots / 2 * TRANSFER_BYTES_MAX) as u64 + 4096;
+        let split =
+            data + (slots / 2 * TRANSFER_BYTES_MAX) as u64 + if straddles { 4096 } else { 0 };
         Plan { rings, requests, data, bytes, split, slots }
     }
 

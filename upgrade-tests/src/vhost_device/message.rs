@@ -13,8 +13,8 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
 };
 
 use super::memory::Region;
@@ -140,9 +140,8 @@ pub fn send_bytes(
     }
     let slices = [IoSlice::new(bytes)];
     let flags = SendFlags::NOSIGNAL;
-    let sent = rustix::io::retry_on_intr(|| {
-        rustix::net::sendmsg(&socket, &slices, &mut ancillary, flags)
-    });
+    let sent =
+        rustix::io::retry_on_intr(|| rustix::net::sendmsg(&socket, &slices, &mut ancillary, flags));
     match sent.map_err(broken("write"))? {
         sent if sent == bytes.len() => Ok(()),
         sent => Err(wrong(format!("{sent} of {} bytes were sent", bytes.len()))),

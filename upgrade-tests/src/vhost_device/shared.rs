@@ -10,11 +10,12 @@ use std::sync::mpsc::Sender;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{EventfdFlags, epoll, eventfd};
+use serde::Serialize;
 
 use super::control::Control;
 
 /// What happened to a driver's connection so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Figures {
     /// Times that it connected again: it was closed, or was told to.
     pub reconnects: u64,
