@@ -320,6 +320,7 @@ impl Campaign {
                 // The present server has read its list; its successor will meet the point.
                 let nth = 1 + self.dice.below(kill::passages(point));
                 self.host.arm(point, action, nth)?;
+                self.renew_standby()?;
                 self.kill_victim(victim, Signal::SIGKILL)?;
                 self.host.wait_for("the failpoint", |host| host.armed() == 0)?;
                 self.timeline.kill.arm(self.timeline.now());
@@ -328,6 +329,16 @@ impl Campaign {
             }
         }
         Ok(true)
+    }
+
+    /// The standby that is to take over has read what is armed.
+    fn renew_standby(&self) -> Result<(), CampaignError> {
+        let Some(old) = self.host.standby_pid().filter(|_| self.config.standby) else {
+            return Ok(());
+        };
+        self.host.signal(old, Signal::SIGKILL)?;
+        let is_new = |host: &Host| host.standby_pid().is_some_and(|pid| pid != old);
+        Ok(self.host.wait_for("another standby", is_new)?)
     }
 
     fn kill_victim(&self, victim: i32, signal: Signal) -> Result<(), CampaignError> {

@@ -54,9 +54,19 @@ impl Campaign {
             depth: self.config.depth as usize,
             stall_limit: self.config.stall_limit,
             tracks_durability,
+            tears: self.copies_at_once(),
             ..StreamOptions::default()
         };
         Ok(Stream::new(device, index as u64, options, self.timeline.clone()))
+    }
+
+    /// `mem` copies on the thread of each queue, without a lock.
+    fn copies_at_once(&self) -> bool {
+        let queues = match &self.config.way {
+            Way::Library => 1,
+            Way::VhostUser { options, .. } => options.queues,
+        };
+        self.config.backend == "mem" && queues > 1
     }
 
     fn open(&mut self, admin: &Admin, index: usize, volume: &str) -> Opened {
