@@ -100,6 +100,8 @@ pub struct ServerParts {
 struct Entry {
     volume: VolumeName,
     exclusive: bool,
+    /// It is a hypervisor's: there is one a volume.
+    is_hypervisors: bool,
     /// `None` while it is being opened.
     session: Option<Arc<Session>>,
 }
@@ -183,6 +185,14 @@ impl Server {
     /// How many sessions have a volume attached, or are attaching it.
     pub fn session_count(&self, volume: &VolumeName) -> u32 {
         self.entries().values().filter(|entry| entry.volume == *volume).count() as u32
+    }
+
+    /// The hypervisor's session of a volume, from the moment that a successor knows of it until nothing
+    /// of it is in flight.
+    pub(crate) fn hypervisor_of(&self, volume: &VolumeName) -> Option<SessionId> {
+        let entries = self.entries();
+        let of_volume = |entry: &Entry| entry.is_hypervisors && entry.volume == *volume;
+        entries.iter().find(|(_, entry)| of_volume(entry)).map(|(id, _)| *id)
     }
 
     /// The backend of a volume.

@@ -60,7 +60,10 @@ impl Control {
     /// A hypervisor has connected.
     pub(crate) fn accept_hypervisor(&mut self, attachment: &Arc<Attachment>, socket: OwnedFd) {
         let Some(busy) = self.hypervisors.busy.get(&attachment.volume) else {
-            return self.attach_hypervisor(attachment, socket);
+            return match self.server.hypervisor_of(&attachment.volume) {
+                Some(session) => self.await_inherited(attachment, session, socket),
+                None => self.attach_hypervisor(attachment, socket),
+            };
         };
         // It may have hung up, and its end not have been looked at.
         if let Some(key) = self.hypervisors.keys.get(&busy.session).copied() {
@@ -77,6 +80,20 @@ impl Control {
             Some(busy) => busy.next = Some((attachment.clone(), socket)),
             None => self.attach_hypervisor(attachment, socket),
         }
+    }
+
+    /// A predecessor's session of this volume has its place, and is not served yet: two of them would
+    /// answer the same rings.
+    fn await_inherited(
+        &mut self,
+        attachment: &Arc<Attachment>,
+        session: SessionId,
+        socket: OwnedFd,
+    ) {
+        let Some(connected) = attachment.connect() else { return };
+        let next = Some((attachment.clone(), socket));
+        let busy = Busy { session, next, _connected: connected };
+        self.hypervisors.busy.insert(attachment.volume.clone(), busy);
     }
 
     fn attach_hypervisor(&mut self, attachment: &Arc<Attachment>, socket: OwnedFd) {

@@ -9,6 +9,7 @@
 //! A kill counts only if at least [`CampaignConfig::writes_min`] writes were in flight at its
 //! instant: submitted before it, and reaped after it.
 
+mod attach;
 mod kill;
 mod power;
 mod summary;
@@ -18,19 +19,19 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
-use nebd_client::OpenError;
 use nix::sys::signal::Signal;
 
-use crate::client_device::{AttachOptions, ClientDevice};
+use crate::device::Device;
 use crate::fence_store::control;
 use crate::growth::{self, Growth};
 use crate::load::{Load, total};
 use crate::stamp::Dice;
-use crate::stream::{Stream, StreamOptions};
 use crate::supervisor::{FenceStore, Host, HostConfig, HostError, Programs};
 use crate::timeline::Timeline;
+use crate::vhost_device::Driver;
 use crate::workload::Mix;
 
+pub use attach::Way;
 pub use kill::{Kill, KillParseError};
 pub use power::run_power_cuts;
 pub use summary::{Blackouts, Summary};
@@ -43,6 +44,8 @@ pub struct CampaignConfig {
     pub programs: Programs,
     /// `file`, `mem` or `fence-test`.
     pub backend: String,
+    /// How volumes are attached.
+    pub way: Way,
     /// Volumes, each attached once.
     pub sessions: usize,
     /// Kills that must count.
@@ -87,6 +90,7 @@ impl CampaignConfig {
         CampaignConfig {
             programs,
             backend: backend.into(),
+            way: Way::Library,
             sessions: 1,
             kills: 10,
             kinds: vec![Kill::SIGKILL],
@@ -124,7 +128,7 @@ pub enum CampaignError {
         /// Which.
         volume: String,
         /// Why.
-        source: OpenError,
+        source: Box<dyn std::error::Error + Send + Sync>,
         /// The end of the keeper's and the server's log.
         log: String,
     },
@@ -160,7 +164,9 @@ pub enum CampaignError {
 pub struct Campaign {
     config: CampaignConfig,
     timeline: Arc<Timeline>,
-    load: Option<Load<ClientDevice>>,
+    load: Option<Load<Box<dyn Device>>>,
+    /// Of volumes that are attached by vhost-user.
+    drivers: Vec<Driver>,
     // Dropped in this order: clients first, then the server, then its storage.
     host: Host,
     store: Option<FenceStore>,
@@ -176,8 +182,7 @@ impl Campaign {
     /// Starts everything, and puts every volume under load.
     pub fn start(config: CampaignConfig) -> Result<Campaign, CampaignError> {
         let mut campaign = Campaign::prepare(config)?;
-        let Campaign { config, host, timeline, .. } = &campaign;
-        let streams = start_streams(config, host, timeline, false)?;
+        let streams = campaign.start_streams(false)?;
         campaign.load = Some(Load::start(streams, campaign.config.threads));
         Ok(campaign)
     }
@@ -207,6 +212,7 @@ impl Campaign {
             last_kind: None,
             begun: Instant::now(),
             load: None,
+            drivers: Vec::new(),
             config,
             timeline: Timeline::shared(),
             host,
@@ -220,8 +226,13 @@ impl Campaign {
     }
 
     /// The volumes under load.
-    pub fn load(&self) -> Option<&Load<ClientDevice>> {
+    pub fn load(&self) -> Option<&Load<Box<dyn Device>>> {
         self.load.as_ref()
+    }
+
+    /// The drivers of volumes that are attached by vhost-user.
+    pub fn drivers(&self) -> &[Driver] {
+        &self.drivers
     }
 
     /// The storage that fences, if there is one.
@@ -309,6 +320,7 @@ impl Campaign {
                 // The present server has read its list; its successor will meet the point.
                 let nth = 1 + self.dice.below(kill::passages(point));
                 self.host.arm(point, action, nth)?;
+                self.renew_standby()?;
                 self.kill_victim(victim, Signal::SIGKILL)?;
                 self.host.wait_for("the failpoint", |host| host.armed() == 0)?;
                 self.timeline.kill.arm(self.timeline.now());
@@ -317,6 +329,16 @@ impl Campaign {
             }
         }
         Ok(true)
+    }
+
+    /// The standby that is to take over has read what is armed.
+    fn renew_standby(&self) -> Result<(), CampaignError> {
+        let Some(old) = self.host.standby_pid().filter(|_| self.config.standby) else {
+            return Ok(());
+        };
+        self.host.signal(old, Signal::SIGKILL)?;
+        let is_new = |host: &Host| host.standby_pid().is_some_and(|pid| pid != old);
+        Ok(self.host.wait_for("another standby", is_new)?)
     }
 
     fn kill_victim(&self, victim: i32, signal: Signal) -> Result<(), CampaignError> {
@@ -333,12 +355,14 @@ impl Campaign {
 
     /// Ends the load, reads every block again, and sums up.
     pub fn finish(mut self) -> Summary {
+        self.drivers.iter().for_each(|driver| driver.churn(None));
         let streams = self.load.take().map(Load::sweep).unwrap_or_default();
         self.summary.report = total(&streams);
         self.summary.seconds = self.begun.elapsed().as_secs_f64();
         if self.config.growth_window > 0 {
             self.summary.growth = self.growth.compare(self.config.growth_window);
         }
+        self.summary.drivers = self.drivers.iter().map(Driver::figures).collect();
         self.summary.store =
             self.store.as_ref().and_then(|store| control::stats(store.socket()).ok());
         if !self.summary.report.is_clean() {
@@ -405,34 +429,4 @@ pub fn run(config: CampaignConfig) -> Result<Summary, CampaignError> {
     let mut campaign = Campaign::start(config)?;
     campaign.kill_all()?;
     Ok(campaign.finish())
-}
-
-fn start_streams(
-    config: &CampaignConfig,
-    host: &Host,
-    timeline: &Arc<Timeline>,
-    tracks_durability: bool,
-) -> Result<Vec<Stream<ClientDevice>>, CampaignError> {
-    let admin = host.admin()?;
-    let attach = AttachOptions { depth: config.depth, ..AttachOptions::default() };
-    let mut streams = Vec::with_capacity(config.sessions);
-    for index in 0..config.sessions {
-        let volume = format!("{}:soak{index}", config.backend);
-        admin.create(&volume, config.volume_bytes, config.block_bytes).map_err(HostError::from)?;
-        let opened = ClientDevice::open(host.socket(), &volume, &attach);
-        let device = opened.map_err(|source| {
-            let (volume, log) = (volume.clone(), host.log());
-            CampaignError::Attach { volume, source, log }
-        })?;
-        let options = StreamOptions {
-            seed: config.seed << 16 | index as u64,
-            mix: config.mix.clone(),
-            depth: config.depth as usize,
-            stall_limit: config.stall_limit,
-            tracks_durability,
-            ..StreamOptions::default()
-        };
-        streams.push(Stream::new(device, index as u64, options, timeline.clone()));
-    }
-    Ok(streams)
 }

@@ -38,6 +38,7 @@ pub mod report;
 pub mod stream;
 pub mod supervisor;
 pub mod timeline;
+pub mod vhost_device;
 pub mod workload;
 
 pub use nebd_guest::stamp;

@@ -163,6 +163,12 @@ impl Oracle {
         entries.iter().filter(|entry| entry.superseded > since).copied().collect()
     }
 
+    /// Whether a change overlapped a read that was submitted at `since` and is complete now.
+    pub fn was_contested(&self, block: u64, since: Moment) -> bool {
+        let overlaps = |entry: &Entry| entry.ended.is_none_or(|ended| ended > since);
+        self.blocks[block as usize].entries.iter().any(overlaps)
+    }
+
     /// The read is judged.
     pub fn end_read(&mut self, block: u64) {
         let keeps_history = self.tracks_durability;
@@ -285,9 +291,12 @@ mod tests {
                 && oracle.allows(0, Some(2), 2)
         );
         assert!(!oracle.allows(0, Some(ZEROS), 4) && oracle.allows(0, Some(1), 4));
+        assert!(oracle.was_contested(0, 4) && oracle.was_contested(0, 2));
         oracle.end_read(0);
         oracle.end_read(0);
         assert_eq!(values(&oracle, 0, 6), [1, 2]);
+        oracle.end_change(0, Outcome::Done, 7);
+        assert!(oracle.was_contested(0, 6) && !oracle.was_contested(0, 7));
     }
 
     #[test]

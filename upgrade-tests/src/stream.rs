@@ -44,6 +44,9 @@ pub struct StreamOptions {
     pub starts_zeroed: bool,
     /// Keep what a power cut may bring back.
     pub tracks_durability: bool,
+    /// A read beside a change of the same block may find both within one sector: the device copies for
+    /// several queues at once.
+    pub tears: bool,
     /// Steps until the stream rests of itself.
     pub steps_max: Option<u64>,
     /// A request that takes longer is taken for lost.
@@ -59,6 +62,7 @@ impl Default for StreamOptions {
             incarnation: 1,
             starts_zeroed: true,
             tracks_durability: false,
+            tears: false,
             steps_max: None,
             stall_limit: Duration::from_secs(30),
         }
@@ -468,7 +472,10 @@ impl<D: Device> Stream<D> {
             } else if seen != value {
                 seen = None;
             }
-            if !is_wrong && !self.oracle.allows(block, value, submitted) {
+            let is_torn = self.options.tears
+                && matches!(found, Found::Damaged(_) | Found::Alien(_))
+                && self.oracle.was_contested(block, submitted);
+            if !is_wrong && !is_torn && !self.oracle.allows(block, value, submitted) {
                 is_wrong = true; // One report a block.
                 self.wrong(block, sector, found, submitted);
             }

@@ -202,7 +202,8 @@ impl Server {
         if entries.values().filter(of_volume).any(|entry| exclusive || entry.exclusive) {
             return Err(AttachError::Busy(params.volume.clone()));
         }
-        let entry = Entry { volume: params.volume.clone(), exclusive, session: None };
+        let (volume, is_hypervisors) = (params.volume.clone(), request.vhost.is_some());
+        let entry = Entry { volume, exclusive, is_hypervisors, session: None };
         entries.insert(params.session, entry);
         Ok(None)
     }
@@ -483,6 +484,7 @@ impl Server {
         let entry = Entry {
             volume: request.region.params().volume.clone(),
             exclusive: flags.contains(AttachFlags::EXCLUSIVE),
+            is_hypervisors: request.vhost.is_some(),
             session: None,
         };
         let id = request.region.params().session;
@@ -538,7 +540,11 @@ impl Server {
                 tracing::error!(session = %id, %error, "session cannot be resumed");
                 crate::metrics::retire(id);
                 self.store.remove_all(&Session::store_name(id, ""));
-                self.entries().remove(&id);
+                let entry = self.entries().remove(&id);
+                if entry.is_some_and(|entry| entry.is_hypervisors) {
+                    // The next connection to its volume may wait for its end.
+                    self.notices.send(Notice::Ended(id));
+                }
                 return;
             }
             tracing::warn!(session = %id, %error, "session waits");

@@ -359,7 +359,8 @@ impl Owner<'_> {
         let counts = |(what, why): &(String, String)| {
             if let Ok(id) = what.parse::<SessionId>() {
                 let session = self.server.session(id)?;
-                if self.is_broken(&session) {
+                // One that ends may be gone from the store already, and not from here.
+                if session.is_draining() || self.is_broken(&session) {
                     return None;
                 }
                 return Some(format!("{}, session {id}: {why}", session.volume.name));

@@ -1,13 +1,13 @@
 //! `upgrade-tests`: proves that a block device survives the death and replacement of its server.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
-use clap::{Args, Parser, Subcommand};
-use nebd_upgrade_tests::campaign::{self, CampaignConfig, Kill};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use nebd_upgrade_tests::campaign::{self, CampaignConfig, Kill, Way};
 use nebd_upgrade_tests::client_device::{AttachOptions, ClientDevice};
 use nebd_upgrade_tests::device::Device;
 use nebd_upgrade_tests::file_device::FileDevice;
@@ -18,6 +18,7 @@ use nebd_upgrade_tests::report::VolumeReport;
 use nebd_upgrade_tests::stream::{Stream, StreamOptions};
 use nebd_upgrade_tests::supervisor::Programs;
 use nebd_upgrade_tests::timeline::Timeline;
+use nebd_upgrade_tests::vhost_device::{self, VhostDevice};
 use nebd_upgrade_tests::workload::Mix;
 
 /// Kills servers under load and checks every byte. Exit code 0: nothing was wrong; 1: something
@@ -57,6 +58,14 @@ struct Soak {
     /// POINT:ACTION.
     #[arg(long, value_delimiter = ',', default_value = "sigkill")]
     kind: Vec<Kill>,
+    /// How volumes are attached.
+    #[arg(long, value_enum, default_value_t)]
+    way: WayName,
+    #[command(flatten)]
+    rings: Rings,
+    /// By vhost-user: control messages are sent all the time.
+    #[arg(long)]
+    churn: bool,
     /// Requests in flight on each volume.
     #[arg(long, default_value_t = 32)]
     depth: u32,
@@ -184,8 +193,8 @@ struct Guests {
 
 #[derive(Args)]
 struct Run {
-    /// A volume of nebd, BACKEND:NAME, at the socket of --socket; or the path of a block device or
-    /// file of any other system.
+    /// A volume of nebd, BACKEND:NAME, at the socket of --socket; vhost-user:SOCKET for whatever serves
+    /// vhost-user-blk there; or the path of a block device or file of any other system.
     device: String,
     /// nebd's client socket.
     #[arg(long, env = "NEBD_SOCKET", default_value = "/run/nebd/nebd.sock")]
@@ -202,6 +211,8 @@ struct Run {
     /// Between two such calls, in milliseconds.
     #[arg(long, default_value_t = 1000)]
     kill_every_ms: u64,
+    #[command(flatten)]
+    rings: Rings,
     /// A request that takes longer is taken for lost, in seconds.
     #[arg(long, default_value_t = 60)]
     stall_seconds: u64,
@@ -211,6 +222,61 @@ struct Run {
     /// Print the result as JSON, on the last line.
     #[arg(long)]
     json: bool,
+}
+
+/// How volumes are attached.
+#[derive(Clone, Copy, Default, ValueEnum)]
+enum WayName {
+    /// By the part client.
+    #[default]
+    Library,
+    /// By vhost-user-blk, without a guest.
+    VhostUser,
+}
+
+/// How a driver of vhost-user-blk goes about it.
+#[derive(Args)]
+struct Rings {
+    /// Queues of vhost-user-blk.
+    #[arg(long, default_value_t = 1)]
+    queues: usize,
+    /// Descriptors of each ring.
+    #[arg(long, default_value_t = 128)]
+    ring_size: u16,
+    /// Packed rings instead of split ones.
+    #[arg(long)]
+    packed: bool,
+    /// No indirect descriptors.
+    #[arg(long)]
+    no_indirect: bool,
+    /// No event indices.
+    #[arg(long)]
+    no_event_idx: bool,
+    /// Messages are not acknowledged.
+    #[arg(long)]
+    no_acknowledgements: bool,
+    /// The data of a request lies in one region of memory.
+    #[arg(long)]
+    no_straddling: bool,
+}
+
+impl Rings {
+    fn options(&self, socket: &Path, depth: u32) -> anyhow::Result<vhost_device::Options> {
+        let is_possible = self.packed || self.ring_size.is_power_of_two();
+        anyhow::ensure!(is_possible, "the size of a split ring is a power of two");
+        anyhow::ensure!(self.queues > 0 && self.ring_size > 0 && depth > 0, "none is too few");
+        Ok(vhost_device::Options {
+            queues: self.queues,
+            depth: depth as usize,
+            ring_size: self.ring_size,
+            packed: self.packed,
+            indirect: !self.no_indirect,
+            event_idx: !self.no_event_idx,
+            acknowledged: !self.no_acknowledgements,
+            straddles: !self.no_straddling,
+            ..vhost_device::Options::new(socket)
+        })
+    }
 }
 
 fn variable(text: &str) -> Result<(String, String), &'static str> {
@@ -237,7 +303,15 @@ fn main() -> ExitCode {
 
 fn run_soak(soak: Soak) -> anyhow::Result<bool> {
     let programs = Programs::find(soak.nebd_server, soak.fence_store)?;
+    let way = match soak.way {
+        WayName::Library => Way::Library,
+        WayName::VhostUser => Way::VhostUser {
+            options: soak.rings.options(Path::new(""), soak.depth)?,
+            churns: soak.churn,
+        },
+    };
     let config = CampaignConfig {
+        way,
         sessions: soak.sessions,
         kills: soak.kills,
         kinds: soak.kind,
@@ -359,7 +433,9 @@ fn compare_peers(
 }
 
 fn run_device(run: &Run) -> anyhow::Result<bool> {
-    let device: Box<dyn Device> = if run.device.contains('/') {
+    let device: Box<dyn Device> = if let Some(socket) = run.device.strip_prefix("vhost-user:") {
+        Box::new(VhostDevice::open(&run.rings.options(socket.as_ref(), run.depth)?)?)
+    } else if run.device.contains('/') {
         Box::new(FileDevice::open(run.device.as_ref(), run.depth as usize)?)
     } else {
         let how = AttachOptions { depth: run.depth, ..AttachOptions::default() };

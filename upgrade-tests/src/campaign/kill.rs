@@ -72,6 +72,8 @@ pub(super) fn passages(point: &str) -> u64 {
     match point {
         "after-pop" | "before-submit" | "after-submit" | "before-publish" | "after-publish" => 200,
         "reissue" => 8,
+        // At each message of a hypervisor.
+        point if point.starts_with("vhost-") => 24,
         _ => 1,
     }
 }

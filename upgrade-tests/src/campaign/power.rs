@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Campaign, CampaignConfig, CampaignError, Kill, Summary, start_streams};
+use super::{Campaign, CampaignConfig, CampaignError, Kill, Summary};
 use crate::fence_store::control;
 use crate::load::Load;
 use crate::supervisor::HostError;
@@ -23,7 +23,7 @@ pub fn run_power_cuts(mut config: CampaignConfig, cuts: u64) -> Result<Summary, 
     config.mix.flush = config.mix.flush.max(4);
     config.mix.fua = config.mix.fua.max(8);
     let mut campaign = Campaign::prepare(config)?;
-    let mut streams = start_streams(&campaign.config, &campaign.host, &campaign.timeline, true)?;
+    let mut streams = campaign.start_streams(true)?;
     for cut in 0..cuts {
         campaign.load = Some(Load::start(streams, campaign.config.threads));
         campaign.wait_for_requests(REQUESTS)?;

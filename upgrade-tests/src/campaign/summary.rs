@@ -9,6 +9,7 @@ use super::{CampaignConfig, Kill};
 use crate::fence_store::control::StoreStats;
 use crate::growth::Comparison;
 use crate::report::VolumeReport;
+use crate::vhost_device::Figures;
 
 /// Blackouts: for each kill and volume, the longest gap between two completions while requests
 /// waited; in milliseconds.
@@ -59,6 +60,9 @@ pub struct Summary {
     /// What the fence-store did.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub store: Option<StoreStats>,
+    /// What happened to the connections of volumes that are attached by vhost-user.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub drivers: Vec<Figures>,
     /// What the processes held at the beginning and at the end, if they were looked at.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub growth: Vec<Comparison>,
@@ -124,6 +128,13 @@ impl fmt::Display for Summary {
             writeln!(f, "  {kind}: blackout p50 {p50:.1} ms, p99 {p99:.1} ms, max {max:.1} ms")?;
         }
         self.growth.iter().try_for_each(|comparison| writeln!(f, "  {comparison}"))?;
+        for Figures { controls, reconnects, losses, .. } in &self.drivers {
+            writeln!(
+                f,
+                "  vhost-user: {controls} controls under load, connected again {reconnects} times, \
+                 {losses} of them because the server hung up"
+            )?;
+        }
         if let Some(store) = &self.store {
             writeln!(f, "storage: {store:?}")?;
         }

@@ -135,9 +135,10 @@ impl Campaign {
                 return Ok(upgrade);
             }
             if Instant::now() > deadline {
-                let text = format!("{}: {}", upgrade.state().as_str_name(), upgrade.reason);
-                self.timeline.note(text);
-                return Err(self.late("the end of a planned takeover", END_TIME_MAX));
+                let (state, log) = (upgrade.state().as_str_name(), self.host().log());
+                let log = format!("{log}\nthe takeover: {state}: {}", upgrade.reason);
+                let waited_for = "the end of a planned takeover";
+                return Err(CampaignError::Late { waited_for, limit: END_TIME_MAX, log });
             }
             std::thread::sleep(Duration::from_millis(2));
         }

@@ -50,13 +50,8 @@ impl Admin {
 
     /// Creates a volume; `BACKEND:NAME`.
     pub fn create(&self, name: &str, bytes: u64, block_bytes: u32) -> Result<(), AdminError> {
-        // The same over retries; names are never used twice in a run.
-        let words = [1, 2].map(|salt| {
-            name.bytes().fold(salt, |hash, byte| crate::stamp::mix(hash ^ u64::from(byte)))
-        });
-        let operation_id = words.map(u64::to_le_bytes).concat();
         let request = CreateVolumeRequest {
-            operation_id: operation_id.into(),
+            operation_id: operation_id(name).into(),
             name: name.into(),
             size_bytes: bytes,
             block_size: block_bytes,
@@ -65,6 +60,37 @@ impl Admin {
         self.call(|mut client| {
             let request = request.clone();
             async move { client.create_volume(request).await }
+        })?;
+        Ok(())
+    }
+
+    /// Has a volume served by vhost-user-blk; returns the socket.
+    pub fn attach(&self, volume: &str, queues: u32) -> Result<PathBuf, AdminError> {
+        let request = admin::AttachRequest {
+            operation_id: operation_id(&format!("attach {volume}")).into(),
+            volume: volume.into(),
+            kind: admin::AttachmentKind::VhostUser.into(),
+            queues,
+            ..admin::AttachRequest::default()
+        };
+        let attachment = self.call(|mut client| {
+            let request = request.clone();
+            async move { client.attach(request).await }
+        })?;
+        Ok(attachment.socket.into())
+    }
+
+    /// Gives a volume another size.
+    pub fn resize(&self, volume: &str, bytes: u64) -> Result<(), AdminError> {
+        let request = admin::ResizeVolumeRequest {
+            operation_id: operation_id(&format!("resize {volume} {bytes}")).into(),
+            name: volume.into(),
+            size_bytes: bytes,
+            ..admin::ResizeVolumeRequest::default()
+        };
+        self.call(|mut client| {
+            let request = request.clone();
+            async move { client.resize_volume(request).await }
         })?;
         Ok(())
     }
@@ -175,4 +201,12 @@ impl Admin {
             .map_err(|error| Status::unavailable(error.to_string()))?;
         Ok(call(AdminClient::new(channel)).await?.into_inner())
     }
+}
+
+/// The same over retries; no operation is wanted twice in a run.
+fn operation_id(operation: &str) -> Vec<u8> {
+    let words = [1, 2].map(|salt| {
+        operation.bytes().fold(salt, |hash, byte| crate::stamp::mix(hash ^ u64::from(byte)))
+    });
+    words.map(u64::to_le_bytes).concat()
 }
