@@ -31,7 +31,7 @@ use crate::metrics::Totals;
 use crate::volume::OpenVolume;
 use ledger::Ledger;
 pub use live::QueueLive;
-pub use memories::{Memories, MemoryQuota, RegisterError, RegisteredMemory, set_memory};
+pub use memories::{Charge, Memories, MemoryQuota, RegisterError, RegisteredMemory, set_memory};
 pub use translate::{Rejected, Translated, translate};
 
 /// A session, shared by the control thread and the shards that serve its queues.

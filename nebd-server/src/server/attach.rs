@@ -311,7 +311,8 @@ impl Server {
             None => (None, rings_of(&region, volume.epoch)),
             Some(stored) => {
                 let disk = disk_of(&volume, is_read_only, geometry.queue_count);
-                let (hypervisor, adopted) = stored.resume(id, disk, &volume, &ledger)?;
+                let (mut hypervisor, adopted) = stored.resume(id, disk, &volume, &ledger)?;
+                hypervisor.charge(&self.memory_quota, attachment.client_uid);
                 (Some(Box::new(hypervisor)), adopted)
             }
         };

@@ -28,7 +28,13 @@ pub fn set_memory(table: &mut Memories, id: u32, memory: Option<Arc<RegisteredMe
 /// A client's memory, mapped.
 pub struct RegisteredMemory {
     memory: SharedMemory,
+    _charge: Charge,
+}
+
+/// What a mapping takes of its user's quota, while it lasts.
+pub struct Charge {
     uid: u32,
+    bytes: u64,
     quota: Arc<MemoryQuota>,
 }
 
@@ -40,11 +46,11 @@ impl Deref for RegisteredMemory {
     }
 }
 
-impl Drop for RegisteredMemory {
+impl Drop for Charge {
     fn drop(&mut self) {
         let mut used = self.quota.used();
         if let Some(bytes) = used.get_mut(&self.uid) {
-            *bytes -= self.memory.size();
+            *bytes -= self.bytes;
             if *bytes == 0 {
                 used.remove(&self.uid);
             }
@@ -89,21 +95,33 @@ impl MemoryQuota {
         self.used.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Counts so many bytes for this user, if it may have them.
+    pub fn charge(self: &Arc<Self>, uid: u32, bytes: u64) -> Result<Charge, RegisterError> {
+        let limit = if uid == 0 { u64::MAX } else { self.limit };
+        let mut used = self.used();
+        let total = used.get(&uid).copied().unwrap_or(0).saturating_add(bytes);
+        if total > limit {
+            return Err(RegisterError::Quota { uid, bytes: total, limit });
+        }
+        used.insert(uid, total);
+        Ok(Charge { uid, bytes, quota: self.clone() })
+    }
+
+    /// Counts what a predecessor had accepted.
+    pub fn charge_again(self: &Arc<Self>, uid: u32, bytes: u64) -> Charge {
+        let mut used = self.used();
+        let total = used.entry(uid).or_default();
+        // Not more than is given back.
+        let bytes = bytes.min(u64::MAX - *total);
+        *total += bytes;
+        Charge { uid, bytes, quota: self.clone() }
+    }
+
     /// Maps a memory for this user, if it may have it.
     pub fn map(self: &Arc<Self>, fd: OwnedFd, uid: u32) -> Result<RegisteredMemory, RegisterError> {
-        let limit = if uid == 0 { u64::MAX } else { self.limit };
-        // The lock is held over the mapping, which takes microseconds: two at once must not pass
-        // together what neither may alone.
-        let mut used = self.used();
-        let present = used.get(&uid).copied().unwrap_or(0);
         let memory = SharedMemory::map(fd, u64::MAX)?;
-        let bytes = present.saturating_add(memory.size());
-        if bytes > limit {
-            return Err(RegisterError::Quota { uid, bytes, limit });
-        }
-        used.insert(uid, bytes);
-        drop(used);
-        Ok(RegisteredMemory { memory, uid, quota: self.clone() })
+        let charge = self.charge(uid, memory.size())?;
+        Ok(RegisteredMemory { memory, _charge: charge })
     }
 
     /// Maps what a predecessor had accepted.
@@ -113,8 +131,8 @@ impl MemoryQuota {
         uid: u32,
     ) -> Result<RegisteredMemory, RegionError> {
         let memory = SharedMemory::map(fd, u64::MAX)?;
-        *self.used().entry(uid).or_default() += memory.size();
-        Ok(RegisteredMemory { memory, uid, quota: self.clone() })
+        let charge = self.charge_again(uid, memory.size());
+        Ok(RegisteredMemory { memory, _charge: charge })
     }
 }
 

@@ -10,7 +10,7 @@
 //! A server that dies at any point of this leaves a message that its successor finds again, or a reply
 //! in doubt, and then it closes the connection, once (see [`nebd_vhost::connection`]).
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
@@ -27,7 +27,7 @@ use rustix::net::{AddressFamily, SendFlags};
 use super::kept::{Kept, KeptRecord, Serial};
 use super::stored::QUEUE_SIZE_MAX;
 use crate::server::Server;
-use crate::session::Session;
+use crate::session::{Charge, MemoryQuota, RegisterError, Session};
 use crate::shard::{Command, VirtCommand, VirtNews, VirtStart};
 
 /// Why a hypervisor is disconnected.
@@ -41,6 +41,8 @@ pub(super) enum Breach {
     Refused { message: u32, refusal: Refusal },
     #[error("{0}")]
     Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Quota(#[from] RegisterError),
     #[error("{0}")]
     Record(#[from] RecordError),
     #[error("cannot keep what it sent")]
@@ -100,6 +102,9 @@ pub(crate) struct Hypervisor {
     device: Device,
     kept: Kept,
     memory: Arc<GuestMemory>,
+    /// Whose memory it is, and what it takes of this user's quota.
+    uid: u32,
+    charges: BTreeMap<Serial, Charge>,
     record: Option<InflightRecord>,
     channel: Option<OwnedFd>,
     lives: Vec<Life>,
@@ -127,12 +132,22 @@ impl Hypervisor {
             device,
             kept,
             memory,
+            uid: 0,
+            charges: BTreeMap::new(),
             record,
             channel,
             lives,
             has_left: false,
             waiting,
         }
+    }
+
+    /// The guest's memory is this user's.
+    pub(crate) fn charge(&mut self, quota: &Arc<MemoryQuota>, uid: u32) {
+        self.uid = uid;
+        let regions = self.kept.regions.iter();
+        let charges = regions.map(|(spec, serial)| (*serial, quota.charge_again(uid, spec.size)));
+        self.charges = charges.collect();
     }
 
     /// Its session is served.
@@ -249,9 +264,11 @@ impl Hypervisor {
                 commands = self.to_running(|| VirtCommand::SetMemory(self.memory.clone()));
             }
             Action::AddMemory(spec, fd) => {
-                let region = map(spec, fd, server.guest_memory)?;
-                let memory = self.memory.with(region.0)?;
-                let serial = self.keep(server, region.1.as_fd())?;
+                let charge = server.memory_quota.charge(self.uid, spec.size)?;
+                let region = MappedRegion::map(spec, fd.as_fd(), server.guest_memory)?;
+                let memory = self.memory.with(region)?;
+                let serial = self.keep(server, fd.as_fd())?;
+                self.charges.insert(serial, charge);
                 self.kept.regions.retain(|(known, _)| !known.is_same_as(&spec));
                 self.kept.regions.push((spec, serial));
                 self.memory = memory;
@@ -341,15 +358,19 @@ impl Hypervisor {
         regions: Vec<(RegionSpec, OwnedFd)>,
         server: &Server,
     ) -> Result<(), Breach> {
+        // The old ones are gone for the hypervisor, and unmapped as soon as nothing is in flight there.
+        self.charges.clear();
         let mut mapped = Vec::with_capacity(regions.len());
-        for (spec, fd) in regions {
-            mapped.push((spec, map(spec, fd, server.guest_memory)?));
+        for (spec, fd) in &regions {
+            let charge = server.memory_quota.charge(self.uid, spec.size)?;
+            mapped.push((MappedRegion::map(*spec, fd.as_fd(), server.guest_memory)?, charge));
         }
-        let memory =
-            GuestMemory::new(mapped.iter().map(|(_, (region, _))| region.clone()).collect())?;
+        let memory = GuestMemory::new(mapped.iter().map(|(region, _)| region.clone()).collect())?;
         let mut kept = Vec::with_capacity(mapped.len());
-        for (spec, (_, fd)) in mapped {
-            kept.push((spec, self.keep(server, fd.as_fd())?));
+        for ((spec, fd), (_, charge)) in regions.into_iter().zip(mapped) {
+            let serial = self.keep(server, fd.as_fd())?;
+            self.charges.insert(serial, charge);
+            kept.push((spec, serial));
         }
         self.kept.regions = kept;
         self.memory = memory;
@@ -574,7 +595,9 @@ impl Hypervisor {
         self.start_rings(server)
     }
 
-    pub(super) fn forget_unnamed(&self, server: &Server) {
+    pub(super) fn forget_unnamed(&mut self, server: &Server) {
+        let kept = &self.kept;
+        self.charges.retain(|serial, _| kept.names(*serial));
         let prefix = Session::store_name(self.id, "v");
         for name in server.store.names(&prefix) {
             let serial = Kept::serial_of(&name[prefix.len() - 1..]);
@@ -615,14 +638,6 @@ impl Hypervisor {
     pub(super) fn hang_up(&self) {
         let _ = rustix::net::shutdown(self.connection.socket(), rustix::net::Shutdown::Both);
     }
-}
-
-fn map(
-    spec: RegionSpec,
-    fd: OwnedFd,
-    backing: Backing,
-) -> Result<(Arc<MappedRegion>, OwnedFd), MemoryError> {
-    Ok((MappedRegion::map(spec, fd.as_fd(), backing)?, fd))
 }
 
 /// Memory can have seals, and nothing but memory; a Unix socket has no storage behind it.
