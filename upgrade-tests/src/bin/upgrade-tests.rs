@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use nebd_upgrade_tests::campaign::{self, CampaignConfig, Kill, Way};
 use nebd_upgrade_tests::client_device::{AttachOptions, ClientDevice};
 use nebd_upgrade_tests::device::Device;
+use nebd_upgrade_tests::drive;
 use nebd_upgrade_tests::file_device::FileDevice;
 use nebd_upgrade_tests::load::{Load, total};
 use nebd_upgrade_tests::matrix::{self, Cell};
@@ -15,7 +16,7 @@ use nebd_upgrade_tests::report::VolumeReport;
 use nebd_upgrade_tests::stream::{Stream, StreamOptions};
 use nebd_upgrade_tests::supervisor::Programs;
 use nebd_upgrade_tests::timeline::Timeline;
-use nebd_upgrade_tests::vhost_device::{self, VhostDevice};
+use nebd_upgrade_tests::vhost_device::{self, Disk, VhostDevice};
 use nebd_upgrade_tests::workload::Mix;
 
 /// Kills servers under load and checks every byte. Exit code 0: nothing was wrong; 1: something
@@ -34,6 +35,8 @@ enum Command {
     /// Meet every step of a planned takeover with every fault, on the old server, the new one and the
     /// keeper, under verified load.
     Matrix(MatrixArgs),
+    /// Measure a server of vhost-user-blk; nothing is checked, and writes overwrite the disk.
+    Drive(Drive),
     /// Put a device that is there already under verified load; its contents are overwritten.
     Run(Run),
 }
@@ -219,6 +222,29 @@ impl Rings {
     }
 }
 
+#[derive(Args)]
+struct Drive {
+    /// Where it listens.
+    socket: PathBuf,
+    /// randread, randwrite, read or write.
+    #[arg(long, default_value = "randread")]
+    op: String,
+    /// Bytes of a request.
+    #[arg(long, default_value_t = 4096)]
+    block_size: u64,
+    /// Requests in flight.
+    #[arg(long, default_value_t = 1)]
+    depth: u32,
+    /// How long.
+    #[arg(long, default_value_t = 3.0)]
+    seconds: f64,
+    /// Look for answers all the time.
+    #[arg(long)]
+    poll: bool,
+    #[command(flatten)]
+    rings: Rings,
+}
+
 fn variable(text: &str) -> Result<(String, String), &'static str> {
     let (name, value) = text.split_once('=').ok_or("not of the form NAME=VALUE")?;
     Ok((name.into(), value.into()))
@@ -229,6 +255,7 @@ fn main() -> ExitCode {
         Command::Soak(soak) => run_soak(soak),
         Command::Matrix(args) => run_matrix(args),
         Command::Run(run) => run_device(&run),
+        Command::Drive(args) => run_drive(&args),
     };
     match clean {
         Ok(true) => ExitCode::SUCCESS,
@@ -293,6 +320,20 @@ fn run_matrix(args: MatrixArgs) -> anyhow::Result<bool> {
         println!("{}", serde_json::to_string(&matrix)?);
     }
     Ok(matrix.is_clean())
+}
+
+fn run_drive(args: &Drive) -> anyhow::Result<bool> {
+    let mut disk = Disk::open(&args.rings.options(&args.socket, args.depth)?)?;
+    let load = drive::Load {
+        is_write: args.op.ends_with("write"),
+        is_random: args.op.starts_with("rand"),
+        block_bytes: args.block_size,
+        depth: args.depth as usize,
+        time: Duration::try_from_secs_f64(args.seconds)?,
+        polls: args.poll,
+    };
+    println!("{}", serde_json::to_string(&drive::drive(&mut disk, &load)?)?);
+    Ok(true)
 }
 
 fn run_device(run: &Run) -> anyhow::Result<bool> {
