@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """nebd beside its peers in one run: pairs of runs, in turn, so that a noisy machine is noisy for both.
 
-Needs: nebd-server and nebdctl (cargo build --release), fio with its nbd engine, nbdkit, qemu-nbd,
-qemu-storage-daemon; for the last cases a C compiler. A driver of vhost-user-blk without a guest
-(bench/vhost-blk) and libnebd are built on demand.
+Needs: nebd-server, nebdctl and upgrade-tests (cargo build --release), fio with its nbd engine, nbdkit,
+qemu-nbd, qemu-storage-daemon; for the last cases a C compiler. libnebd is built on demand.
+vhost-user-blk is driven without a guest by `upgrade-tests drive`, our server and the peer alike; with
+-poll the driver looks for answers all the time, otherwise it sleeps until it is called, as a guest.
 Usage: upgrade-tests/bench/peers.py [--pairs 10] [--seconds 3] [--only mem-randread-1,...]
 
 Prints one row a case: medians, the ratio pair by pair (median, min, max), CPU per IO of client and
@@ -25,6 +26,8 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 TICKS = os.sysconf("SC_CLK_TCK")
 SIZE_MIB = 1024
+# Of the peer's disk in memory: the faster of the two that tmpfs knows.
+QSD_AIO = "threads"
 
 # name, backend, op, block size, depth, peer
 CASES = [
@@ -40,8 +43,13 @@ CASES = [
     ("file-randread-32", "file", "randread", 4096, 32, "fio"),
     ("file-randwrite-1", "file", "randwrite", 4096, 1, "fio"),
     ("file-randwrite-32", "file", "randwrite", 4096, 32, "fio"),
+    # The part client beside the peer's vhost-user-blk.
     ("null-randread-32", "null", "randread", 4096, 32, "vhost-user-blk"),
     ("null-randwrite-32", "null", "randwrite", 4096, 32, "vhost-user-blk"),
+    # vhost-user-blk on both sides: names begin with vhost.
+    *((f"vhost-{backend}-{op}-{depth}{poll}", backend, op, 4096, depth, "vhost-user-blk")
+      for backend in ("mem", "null") for op in ("randread", "randwrite") for depth in (1, 32)
+      for poll in ("", "-poll")),
     # libnebd.h beside nebd.h, by the same C program.
     ("api-randread-1", "mem", "randread", 4096, 1, "nebd.h"),
     ("api-randread-32", "mem", "randread", 4096, 32, "nebd.h"),
@@ -60,13 +68,18 @@ def binary(name):
 TARGET = os.environ.get("CARGO_TARGET_DIR", os.path.join(ROOT, "target"))
 
 
-def vhost_driver():
-    """Drives a vhost-user-blk server without a guest."""
-    manifest = os.path.join(ROOT, "upgrade-tests/bench/vhost-blk/Cargo.toml")
-    target = os.path.join(TARGET, "vhost-blk-bench")
-    subprocess.run(["cargo", "build", "--quiet", "--release", "--locked", "--manifest-path", manifest,
-                    "--target-dir", target], check=True)
-    return os.path.join(target, "release", "vhost-blk-bench")
+def drive(socket, server, op, block_size, depth, seconds, poll):
+    """Loads a vhost-user-blk server, whose process is `server`, without a guest."""
+    command = [binary("upgrade-tests"), "drive", socket, "--op", op, "--block-size", str(block_size),
+               "--depth", str(depth), "--seconds", str(seconds), *(["--poll"] if poll else [])]
+    before, own = cpu_s(server), os.times()
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    after = os.times()
+    result = json.loads(out)
+    cpu = (after.children_user - own.children_user) + (after.children_system - own.children_system)
+    cpu += cpu_s(server) - before
+    return {"iops": result["iops"], "p50_us": result["latency_us"]["p50"],
+            "p99_us": result["latency_us"]["p99"], "cpu_us": cpu / result["requests"] * 1e6}
 
 
 def api_program(curve):
@@ -138,11 +151,22 @@ class Nebd:
             "cpu_us": cpu / requests * 1e6 if requests else 0,
         }
 
+    def server(self):
+        with open(os.path.join(self.state, "server.pid")) as pid:
+            return int(pid.read())
+
+    def attach(self):
+        """Has the volume served by vhost-user-blk."""
+        output = self.ctl("attach", self.volume, "--as", "vhost-user", "--json")
+        self.vhost = json.loads(output.strip().splitlines()[-1])["socket"]
+
+    def run_vhost(self, *load):
+        return drive(self.vhost, self.server(), *load)
+
     def run_api(self, depth, seconds, curve):
         """The same load by a C program."""
         program, environment = api_program(curve)
-        with open(os.path.join(self.state, "server.pid")) as pid:
-            server = int(pid.read())
+        server = self.server()
         before = cpu_s(server)
         out = subprocess.run([program, self.volume, str(depth), str(seconds)], check=True,
                              env={**environment, "NEBD_SOCKET": self.socket},
@@ -183,8 +207,9 @@ def fio(target, op, block_size, depth, seconds, server=None):
 class Peer:
     """What the case is measured beside."""
 
-    def __init__(self, kind, directory, image):
-        self.server = self.driver = None
+    def __init__(self, kind, directory, image, backend):
+        self.server = self.memory = None
+        self.is_vhost = kind == "vhost-user-blk"
         self.socket = socket = os.path.join(directory, "peer.sock")
         # fio works on the very file of our volume: where a file lies changes what a disk does.
         image = image if kind == "fio" else os.path.join(directory, "peer.img")
@@ -192,8 +217,12 @@ class Peer:
             self.server = subprocess.Popen(
                 ["nbdkit", "--foreground", "--unix", socket, "memory", f"{SIZE_MIB}M"])
         elif kind == "vhost-user-blk":
-            self.driver = vhost_driver()
-            node = f"driver=null-co,node-name=disk,size={SIZE_MIB << 20},read-zeroes=off"
+            if backend == "null":
+                node = f"driver=null-co,node-name=disk,size={SIZE_MIB << 20},read-zeroes=off"
+            else:
+                self.memory = tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="nebd-bench-")
+                self.memory.truncate(SIZE_MIB << 20)
+                node = f"driver=file,node-name=disk,filename={self.memory.name},aio={QSD_AIO}"
             export = f"type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={socket},writable=on"
             self.server = subprocess.Popen(
                 ["qemu-storage-daemon", "--blockdev", node, "--export", export])
@@ -211,21 +240,12 @@ class Peer:
         else:
             self.target = ["--ioengine=io_uring", "--direct=1", f"--filename={image}"]
 
-    def run_vhost(self, op, block_size, depth, seconds):
-        command = [self.driver, self.socket, op, str(block_size), str(depth), str(seconds),
-                   str(SIZE_MIB << 20)]
-        before, own = cpu_s(self.server.pid), os.times()
-        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        after = os.times()
-        result = json.loads(out)
-        cpu = (after.children_user - own.children_user) + (after.children_system - own.children_system)
-        cpu += cpu_s(self.server.pid) - before
-        return {"iops": result["iops"], "p50_us": result["latency_us"]["p50"],
-                "p99_us": result["latency_us"]["p99"], "cpu_us": cpu / result["requests"] * 1e6}
+    def run_vhost(self, *load):
+        return drive(self.socket, self.server.pid, *load)
 
     def run(self, op, block_size, depth, seconds):
-        if self.driver:
-            return self.run_vhost(op, block_size, depth, seconds)
+        if self.is_vhost:
+            return self.run_vhost(op, block_size, depth, seconds, False)
         pid = self.server.pid if self.server else None
         return fio(self.target, op, block_size, depth, seconds, pid)
 
@@ -233,6 +253,8 @@ class Peer:
         if self.server:
             self.server.send_signal(signal.SIGTERM)
             self.server.wait()
+        if self.memory:
+            self.memory.close()
 
 
 def spread(values, digits=2):
@@ -250,12 +272,19 @@ def run_case(case, pairs, seconds):
             return report(name, kind, [
                 (ours.run_api(depth, seconds, True), ours.run_api(depth, seconds, False))
                 for _ in range(pairs)])
-        peer = Peer(kind, directory, os.path.join(ours.state, "images", "bench.img"))
+        peer = Peer(kind, directory, os.path.join(ours.state, "images", "bench.img"), backend)
         # Fill, so that both sides read what was written.
         ours.run("write", 1 << 20, 8, 2)
         if kind == "nbdkit":
             peer.run("write", 1 << 20, 8, 2)
         poll = name.endswith("-poll")
+        if name.startswith("vhost"):
+            ours.attach()
+            for side in (ours, peer):
+                side.run_vhost("write", 64 << 10, 8, 1, False)
+            load = (op, block_size, depth, seconds, poll)
+            return report(name, kind, [
+                (ours.run_vhost(*load), peer.run_vhost(*load)) for _ in range(pairs)])
         rows = [(ours.run(op, block_size, depth, seconds, poll),
                  peer.run(op, block_size, depth, seconds)) for _ in range(pairs)]
     finally:

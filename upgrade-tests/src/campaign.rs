@@ -274,6 +274,8 @@ impl Campaign {
         self.reset_gaps();
         let number = self.summary.kills + 1;
         self.timeline.note(format!("kill #{number} ({kind})"));
+        // The one before may have died at a failpoint only just now.
+        self.host.wait_for("a living server", Host::is_served)?;
         let victim = self.host.server_pid().unwrap_or(0);
         let happened = self.strike(kind, victim)?;
         if !happened {

@@ -26,6 +26,7 @@
 pub mod campaign;
 pub mod client_device;
 pub mod device;
+pub mod drive;
 pub mod fence_store;
 pub mod file_device;
 pub mod growth;

@@ -284,6 +284,11 @@ impl Host {
         fs::read_to_string(self.state_dir.join("server.pid")).ok()?.trim().parse().ok()
     }
 
+    /// Whether the server lives that is said to serve.
+    pub fn is_served(&self) -> bool {
+        self.server_pid().is_some_and(|pid| is_of_this_host(pid, &self.state_dir))
+    }
+
     /// Waits until a server other than `old` serves, and returns its process id.
     pub fn wait_for_successor(&self, old: i32) -> Result<i32, HostError> {
         let mut successor = None;

@@ -69,7 +69,7 @@ fn sigkill_with_a_warm_standby_is_not_noticed() {
 }
 
 #[test]
-fn crashes_aborts_freezes_and_hangs_are_not_noticed() {
+fn crashes_aborts_and_freezes_are_not_noticed() {
     let mut kinds = vec![Kill::SIGSEGV, Kill::SIGABRT, Kill::SIGSTOP, Kill::StopAndContinue];
     kinds.extend(["reissue", "after-publish"].map(|point| Kill::at(point, "kill")));
     kinds.push(Kill::at("before-publish", "abort"));
@@ -78,6 +78,15 @@ fn crashes_aborts_freezes_and_hangs_are_not_noticed() {
         let config = CampaignConfig { kinds: kinds.clone(), ..vhost("file", 2, kills, options) };
         assert_unnoticed(&campaign::run(config).unwrap(), kills);
     }
+}
+
+/// Nobody knocks: part clients do so when their requests stall, and hypervisors know no such thing.
+#[test]
+#[ignore = "a server that hangs and has no part client is not found out yet"]
+fn hangs_are_found_out_without_a_part_client() {
+    let kinds = vec![Kill::at("after-submit", "hang"), Kill::at("reissue", "hang")];
+    let config = CampaignConfig { kinds, ..vhost("file", 1, 2, split()) };
+    assert_unnoticed(&campaign::run(config).unwrap(), 2);
 }
 
 #[test]
@@ -104,10 +113,10 @@ fn a_death_at_every_step_of_a_takeover_is_not_noticed() {
 #[test]
 fn deaths_in_the_middle_of_messages() {
     for (backend, options) in [
-        ("mem", split()),
+        ("file", split()),
         ("mem", Options { acknowledged: false, ..packed() }),
         ("fence-test", packed()),
-        ("mem", plain(packed())),
+        ("file", plain(packed())),
     ] {
         let kinds = POINTS.map(|point| Kill::at(point, "kill")).to_vec();
         let config = CampaignConfig { kinds, ..churned(backend, 2, 16, options) };

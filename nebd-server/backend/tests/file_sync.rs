@@ -49,8 +49,13 @@ impl Host {
 
     /// The next server. Its predecessor's volume must have been dropped.
     fn open(&mut self) -> Arc<dyn Volume> {
+        let previous = (self.generation > 0).then_some(7);
+        self.open_after(previous)
+    }
+
+    /// The next server, to whom the session is new, or was left by an owner of this epoch.
+    fn open_after(&mut self, previous: Option<u32>) -> Arc<dyn Volume> {
         self.generation += 1;
-        let previous = (self.generation > 1).then_some(7);
         let context = context(self.store.clone(), previous, self.generation);
         self.backend.open(&self.spec, &context).unwrap().volume
     }
@@ -320,6 +325,29 @@ fn close_removes_witnesses_and_a_drop_does_not() {
         let volume = host.open();
         volume.close();
         assert_eq!(host.witnesses(), Vec::<String>::new());
+    });
+}
+
+/// A server is killed while it makes or removes a set, and finds some of it at the next first open.
+#[test]
+fn an_unfinished_set_of_witnesses_is_made_whole_and_tells_what_it_knows() {
+    use nebd_backend::FdStore;
+    let leave_one = |host: &Host| {
+        let names = host.witnesses();
+        names.iter().skip(1).for_each(|name| host.store.remove(name).unwrap());
+    };
+    for_each_engine(true, |host, shard| {
+        drop(host.open());
+        leave_one(host);
+        let volume = host.open_after(None);
+        // As many deaths as ever, none of which sees the end of a flush.
+        assert_eq!(host.witnesses().len(), WITNESSES);
+        shard.flush(&*volume).unwrap();
+        host.fail_a_flush(shard, &*volume);
+        drop(volume);
+        leave_one(host);
+        let volume = host.open_after(None);
+        assert_eq!(shard.flush(&*volume), Err(Errno::IO));
     });
 }
 

@@ -330,7 +330,19 @@ impl Owner<'_> {
 
     fn prepare(&self, step: &'static str) -> Result<Prepared, Failure> {
         let begin = monotonic_ns();
-        let prepared = self.have_prepared(step)?;
+        let deadline = Instant::now() + self.holdings.step;
+        let prepared = loop {
+            match self.have_prepared(step) {
+                Ok(prepared) => break prepared,
+                // Of a session that began or ended meanwhile the candidate may know the half.
+                Err(failure) if Instant::now() > deadline => return Err(failure),
+                Err(failure) => {
+                    if !self.offer_changes(deadline).is_ok_and(|count| count > 0) {
+                        return Err(failure);
+                    }
+                }
+            }
+        };
         let detail = format!("{} volumes, {} sessions", prepared.volumes, prepared.sessions);
         self.server.upgrades.report().step(step, begin, detail);
         Ok(prepared)

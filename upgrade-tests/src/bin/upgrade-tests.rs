@@ -10,15 +10,16 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use nebd_upgrade_tests::campaign::{self, CampaignConfig, Kill, Way};
 use nebd_upgrade_tests::client_device::{AttachOptions, ClientDevice};
 use nebd_upgrade_tests::device::Device;
+use nebd_upgrade_tests::drive;
 use nebd_upgrade_tests::file_device::FileDevice;
-use nebd_upgrade_tests::guests::{self, Fault, GuestConfig, Happened, NebdConfig, Way, WaySummary};
+use nebd_upgrade_tests::guests::{self, Fault, GuestConfig, Happened, NebdConfig, WaySummary};
 use nebd_upgrade_tests::load::{Load, total};
 use nebd_upgrade_tests::matrix::{self, Cell};
 use nebd_upgrade_tests::report::VolumeReport;
 use nebd_upgrade_tests::stream::{Stream, StreamOptions};
 use nebd_upgrade_tests::supervisor::Programs;
 use nebd_upgrade_tests::timeline::Timeline;
-use nebd_upgrade_tests::vhost_device::{self, VhostDevice};
+use nebd_upgrade_tests::vhost_device::{self, Disk, VhostDevice};
 use nebd_upgrade_tests::workload::Mix;
 
 /// Kills servers under load and checks every byte. Exit code 0: nothing was wrong; 1: something
@@ -39,6 +40,8 @@ enum Command {
     Matrix(MatrixArgs),
     /// Boot guests whose disks are volumes, and kill and replace the server under them.
     Guests(Guests),
+    /// Measure a server of vhost-user-blk; nothing is checked, and writes overwrite the disk.
+    Drive(Drive),
     /// Put a device that is there already under verified load; its contents are overwritten.
     Run(Run),
 }
@@ -140,7 +143,7 @@ struct MatrixArgs {
 struct Guests {
     /// How disks come into the guest, one guest after the other: linked, vhost-user, nbd.
     #[arg(long, value_delimiter = ',', default_value = "linked")]
-    way: Vec<Way>,
+    way: Vec<guests::Way>,
     /// Deaths of the server under each guest.
     #[arg(long, default_value_t = 20)]
     kills: usize,
@@ -279,6 +282,29 @@ impl Rings {
     }
 }
 
+#[derive(Args)]
+struct Drive {
+    /// Where it listens.
+    socket: PathBuf,
+    /// randread, randwrite, read or write.
+    #[arg(long, default_value = "randread")]
+    op: String,
+    /// Bytes of a request.
+    #[arg(long, default_value_t = 4096)]
+    block_size: u64,
+    /// Requests in flight.
+    #[arg(long, default_value_t = 1)]
+    depth: u32,
+    /// How long.
+    #[arg(long, default_value_t = 3.0)]
+    seconds: f64,
+    /// Look for answers all the time.
+    #[arg(long)]
+    poll: bool,
+    #[command(flatten)]
+    rings: Rings,
+}
+
 fn variable(text: &str) -> Result<(String, String), &'static str> {
     let (name, value) = text.split_once('=').ok_or("not of the form NAME=VALUE")?;
     Ok((name.into(), value.into()))
@@ -290,6 +316,7 @@ fn main() -> ExitCode {
         Command::Matrix(args) => run_matrix(args),
         Command::Guests(args) => run_guests(args),
         Command::Run(run) => run_device(&run),
+        Command::Drive(args) => run_drive(&args),
     };
     match clean {
         Ok(true) => ExitCode::SUCCESS,
@@ -417,7 +444,7 @@ fn run_guests(args: Guests) -> anyhow::Result<bool> {
 fn compare_peers(
     config: &GuestConfig,
     nebd: &NebdConfig,
-    ways: &[Way],
+    ways: &[guests::Way],
     times: usize,
     json: bool,
 ) -> anyhow::Result<bool> {
@@ -430,6 +457,18 @@ fn compare_peers(
         println!("{}", serde_json::to_string(&rows)?);
     }
     Ok(rows[..ways.len()].iter().all(guests::Row::is_clean))
+fn run_drive(args: &Drive) -> anyhow::Result<bool> {
+    let mut disk = Disk::open(&args.rings.options(&args.socket, args.depth)?)?;
+    let load = drive::Load {
+        is_write: args.op.ends_with("write"),
+        is_random: args.op.starts_with("rand"),
+        block_bytes: args.block_size,
+        depth: args.depth as usize,
+        time: Duration::try_from_secs_f64(args.seconds)?,
+        polls: args.poll,
+    };
+    println!("{}", serde_json::to_string(&drive::drive(&mut disk, &load)?)?);
+    Ok(true)
 }
 
 fn run_device(run: &Run) -> anyhow::Result<bool> {

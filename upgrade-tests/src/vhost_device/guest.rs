@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use super::memory::Memory;
 use super::ring::{Kind, Piece, Place, Ring, Violation, place};
 use super::shared::Shared;
+use crate::stamp::Dice;
 
 /// Most bytes of data in a request.
 pub const TRANSFER_BYTES_MAX: usize = 64 * 1024;
@@ -183,6 +184,21 @@ impl Guest {
         if !is_first || !self.rings[queue].push(&pieces, at + TABLE, slot) {
             self.waiting[queue].push_back(Waiting { slot, pieces });
         }
+    }
+
+    /// Writes nonsense over rings, requests and tables, and kicks: what a hostile guest may do. Half of it
+    /// looks like descriptors and indices, so that it is not refused at the first look.
+    pub fn scramble(&mut self, dice: &mut Dice) {
+        for at in (0..self.plan.data(0)).step_by(2) {
+            let value = match dice.below(8) {
+                0..=3 => continue,
+                4 => dice.below(4),
+                5 => dice.below(256),
+                _ => dice.below(1 << 16),
+            };
+            self.memory.store_u16(at, value as u16, Relaxed);
+        }
+        (0..self.rings.len()).for_each(|queue| self.shared.kick(queue));
     }
 
     /// Tells the device of what was submitted.

@@ -233,8 +233,19 @@ fn open_syncs(
         witnesses.remove(&stored).map_err(&failed)?;
         earlier = false;
     }
-    let owed = earlier || context.previous_major.is_some();
-    if !owed {
+    let mut owed = earlier || context.previous_major.is_some();
+    let unused = if context.previous_major.is_none() { witnesses.unused() } else { 0 };
+    if earlier && (1..super::witness::WITNESSES).contains(&unused) {
+        // A server was killed while it made or removed a set. The session that begins now is to outlive
+        // as many deaths as others: the set is made whole, as by a first flush.
+        let fresh = witnesses.open(super::witness::WITNESSES).map_err(&failed)?;
+        let oldest = witnesses.take_oldest().map_err(&failed)?;
+        if oldest.is_some_and(|oldest| super::syncs::sync(oldest).is_ok()) {
+            witnesses.keep(&fresh).map_err(&failed)?;
+            owed = false;
+        }
+    }
+    if !owed && !earlier {
         let fresh = witnesses.open(super::witness::WITNESSES).map_err(&failed)?;
         witnesses.keep(&fresh).map_err(&failed)?;
     }

@@ -33,7 +33,8 @@
 //!   answer is known to be delivered (see [`Lane::drain`](crate::Lane::drain)) and no sync is under
 //!   way: new ones are opened, the volume's own descriptor is synced, and if that succeeds there is
 //!   no error that only the old ones know of.
-//! - Witnesses found at a first open (the client died with the server) are used all the same.
+//! - Witnesses found at a first open (the client died with the server) are used all the same. If they
+//!   are fewer than a set, one is used and the set made whole before anything is dispatched.
 //!
 //! Syncs that arrive while a witness is asked wait for its verdict: all of them cover the writes that
 //! may have been lost. All this runs in the volume's pool, the shard's thread never waits.
@@ -199,7 +200,7 @@ impl Syncs {
     }
 }
 
-fn sync(fd: impl AsFd) -> Result<(), Errno> {
+pub(super) fn sync(fd: impl AsFd) -> Result<(), Errno> {
     loop {
         match rustix::fs::fdatasync(&fd) {
             Ok(()) => return Ok(()),
