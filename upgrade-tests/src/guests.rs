@@ -228,6 +228,22 @@ impl<'a, B: Backing> Run<'a, B> {
         count(OfDisk::Errors) + count(OfDisk::Mismatches) > 0
     }
 
+    /// Disks whose virtqueues are not what was asked for, where the way lets one ask.
+    fn other_virtqueues(&self) -> Vec<String> {
+        let mut others = Vec::new();
+        for (index, disk) in self.machine.disks().iter().enumerate() {
+            let of = |field| self.machine.board().of_disk(index, field);
+            let (queues, packed) = (of(OfDisk::Queues), of(OfDisk::Packed));
+            let is_as_asked =
+                queues == u64::from(disk.queues) && packed == 2 - u64::from(disk.is_packed);
+            if self.backing.has_virtqueues() && !is_as_asked {
+                others
+                    .push(format!("disk {index}: {queues} queues, packed {packed}, not {disk:?}"));
+            }
+        }
+        others
+    }
+
     /// Has the guest compare everything and check its file systems, and sums up.
     fn finish(mut self, summary: &mut WaySummary) -> Result<(), GuestError> {
         self.machine.command(Command::Rest);
@@ -247,6 +263,7 @@ impl<'a, B: Backing> Run<'a, B> {
         let disks = self.machine.disks().iter();
         summary.file_systems = disks.filter(|disk| disk.kind != Kind::Raw).count();
         summary.problems = self.machine.trouble();
+        summary.problems.extend(self.other_virtqueues());
         summary.cores = self.backing.cores();
         summary.seconds = self.begun.elapsed().as_secs_f64();
         if !summary.is_clean() {

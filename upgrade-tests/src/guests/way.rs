@@ -91,6 +91,10 @@ pub trait Backing {
     fn cpus(&self) -> u32 {
         1
     }
+    /// Whether the virtqueues are this server's, and as a [`Disk`] asks for.
+    fn has_virtqueues(&self) -> bool {
+        false
+    }
     /// QEMU's environment.
     fn environment(&self) -> Vec<(String, String)>;
     /// Does what of the fault is the server's part. Returns when another serves, or the old one again.
@@ -356,6 +360,10 @@ impl Backing for Nebd {
             Way::VhostUser => self.disks.iter().map(|disk| disk.queues).max().unwrap_or(1),
             Way::Linked | Way::Nbd => 1,
         }
+    }
+
+    fn has_virtqueues(&self) -> bool {
+        self.way == Way::VhostUser
     }
 
     fn environment(&self) -> Vec<(String, String)> {
