@@ -11,6 +11,7 @@
 //! What is asserted are outcomes: no error, no mismatch, every disk goes on after every fault, clean
 //! file systems. Durations are told, and judged by whoever reads them.
 
+mod cores;
 mod error;
 mod fault;
 mod file_board;
@@ -35,6 +36,7 @@ use error::system;
 use machine::{Machine, MachineConfig};
 use way::Nebd;
 
+pub use cores::Cores;
 pub use error::GuestError;
 pub use fault::{Fault, FaultParseError};
 pub use machine::Disk;
@@ -54,10 +56,10 @@ const AFTER: Duration = Duration::from_millis(300);
 
 /// The disks of a guest: one without a file system, and two with.
 pub const DISKS: [Disk; 3] = [
-    Disk { kind: Kind::Raw, bytes: 64 << 20, depth: 16, rest_ms: 0 },
-    Disk { kind: Kind::Ext4, bytes: 128 << 20, depth: 2, rest_ms: 20 },
+    Disk { kind: Kind::Raw, bytes: 64 << 20, depth: 16, rest_ms: 0, queues: 2, is_packed: true },
+    Disk { kind: Kind::Ext4, bytes: 128 << 20, depth: 2, rest_ms: 20, queues: 2, is_packed: false },
     // As small as mkfs.xfs makes it.
-    Disk { kind: Kind::Xfs, bytes: 304 << 20, depth: 2, rest_ms: 20 },
+    Disk { kind: Kind::Xfs, bytes: 304 << 20, depth: 2, rest_ms: 20, queues: 1, is_packed: false },
 ];
 
 /// What a guest needs.
@@ -125,6 +127,7 @@ impl<'a, B: Backing> Run<'a, B> {
             kernel: kernel.image,
             initrd,
             disks: disks.to_vec(),
+            cpus: backing.cpus(),
             arguments: backing.arguments(),
             environment: backing.environment(),
         };
@@ -225,6 +228,22 @@ impl<'a, B: Backing> Run<'a, B> {
         count(OfDisk::Errors) + count(OfDisk::Mismatches) > 0
     }
 
+    /// Disks whose virtqueues are not what was asked for, where the way lets one ask.
+    fn other_virtqueues(&self) -> Vec<String> {
+        let mut others = Vec::new();
+        for (index, disk) in self.machine.disks().iter().enumerate() {
+            let of = |field| self.machine.board().of_disk(index, field);
+            let (queues, packed) = (of(OfDisk::Queues), of(OfDisk::Packed));
+            let is_as_asked =
+                queues == u64::from(disk.queues) && packed == 2 - u64::from(disk.is_packed);
+            if self.backing.has_virtqueues() && !is_as_asked {
+                others
+                    .push(format!("disk {index}: {queues} queues, packed {packed}, not {disk:?}"));
+            }
+        }
+        others
+    }
+
     /// Has the guest compare everything and check its file systems, and sums up.
     fn finish(mut self, summary: &mut WaySummary) -> Result<(), GuestError> {
         self.machine.command(Command::Rest);
@@ -244,6 +263,8 @@ impl<'a, B: Backing> Run<'a, B> {
         let disks = self.machine.disks().iter();
         summary.file_systems = disks.filter(|disk| disk.kind != Kind::Raw).count();
         summary.problems = self.machine.trouble();
+        summary.problems.extend(self.other_virtqueues());
+        summary.cores = self.backing.cores();
         summary.seconds = self.begun.elapsed().as_secs_f64();
         if !summary.is_clean() {
             summary.problems.push(self.machine.tail() + &self.backing.log());

@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Instant;
 
 use anyhow::Result;
 use clap::Args;
@@ -12,7 +13,7 @@ use crate::cargo::{self, Profile, cargo};
 use crate::{guest_tools, install_rbd};
 
 /// Every way into a guest.
-const WAYS: &str = "linked";
+const WAYS: &str = "linked,vhost-user";
 
 /// How much, and of what.
 #[derive(Args)]
@@ -54,12 +55,12 @@ impl GuestsArgs {
 /// Runs the guests. Returns why that is not possible here, if it is not.
 pub fn run(args: &GuestsArgs) -> Result<Option<String>> {
     let dir = guest_tools::shared_dir()?;
-    if let Err(reason) = guest_tools::prepare(&dir)? {
+    if let Err(reason) = timed("what guests need", || guest_tools::prepare(&dir))? {
         return Ok(Some(reason));
     }
     let lib_dir = dir.join("lib");
-    install_rbd::run(args.profile, true, &lib_dir)?;
-    let programs = Programs::build(args.profile, &dir)?;
+    timed("the library", || install_rbd::run(args.profile, true, &lib_dir))?;
+    let programs = timed("the programs", || Programs::build(args.profile, &dir))?;
     let tests = || {
         let mut tests = Command::new(&programs.tests);
         tests.args(["guests", "--halt-seconds", &args.halt_seconds.to_string()]);
@@ -70,10 +71,20 @@ pub fn run(args: &GuestsArgs) -> Result<Option<String>> {
         tests
     };
     // First that it would be noticed if something were wrong.
-    cargo::run(tests().arg("--spoil"))?;
+    timed("spoiled disks", || cargo::run(tests().arg("--spoil")))?;
     let (kills, takeovers) = (args.kills.to_string(), args.takeovers.to_string());
-    cargo::run(tests().args(["--way", &args.way, "--kills", &kills, "--takeovers", &takeovers]))?;
+    let mut tests = tests();
+    tests.args(["--way", &args.way, "--kills", &kills, "--takeovers", &takeovers]);
+    timed(&args.way, || cargo::run(&mut tests))?;
     Ok(None)
+}
+
+/// Tells how long a part took.
+fn timed<T>(part: &str, run: impl FnOnce() -> Result<T>) -> Result<T> {
+    let begun = Instant::now();
+    let result = run()?;
+    println!("[guests, {part}: {:.0} s]", begun.elapsed().as_secs_f64());
+    Ok(result)
 }
 
 struct Programs {

@@ -9,6 +9,7 @@
 //! ```
 
 mod document;
+mod frontend;
 mod guest;
 
 use std::fs;
@@ -32,10 +33,10 @@ use crate::install::Installed;
 use document::Document;
 use nebd_guest::kernel::Kernel;
 
-/// Blocks of the page, each of which is run: the first two by name, the others in this order.
-const BLOCKS: [&str; 14] = [
-    "install",
-    "environment",
+/// Blocks that are run before all others: what all ways need, and what the linked one does.
+const PREPARATIONS: [&str; 3] = ["install", "environment", "library"];
+/// Blocks of the linked way, in this order.
+const LINKED: [&str; 12] = [
     "create",
     "info",
     "guest",
@@ -57,6 +58,8 @@ const PAUSE_FIRST: Duration = Duration::from_millis(40);
 const PAUSE_MAX: Duration = Duration::from_millis(500);
 /// Bytes of a third of the image that is converted.
 const THIRD: usize = 40 << 20;
+/// What the guest says when its load begins.
+const GUEST_WORKS: &str = "GUEST-READY";
 /// For a guest without hardware's help, which is what every machine has.
 const KERNEL_OPTIONS: &str =
     "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check";
@@ -81,21 +84,31 @@ pub fn run(args: &HypervisorsArgs) -> Result<Option<String>> {
         Err(reason) => return Ok(Some(reason)),
     };
     let document = Document::read()?;
-    document.expect_only(&BLOCKS)?;
+    document.expect_only(&blocks())?;
     let installed = install(&document, args.profile, &work_dir)?;
     let initrd = guest::build(&work_dir, &kernel, args.guest_seconds)?;
     let host = Host::start(&installed)?;
     let scratch = Scratch::make(&work_dir)?;
     let run = Run { document: &document, host: &host, prefix: work_dir.join("prefix"), scratch };
-    for name in &BLOCKS[2..] {
-        match *name {
+    for way in frontend::WAYS {
+        run.frontend(way, &kernel, &initrd)?;
+    }
+    for name in LINKED {
+        match name {
             "guest" => run.guest(&kernel, &initrd)?,
-            name => run.block(name)?,
+            name => _ = run.block(name)?,
         }
     }
     drop(run);
     host.stop()?;
     Ok(None)
+}
+
+/// All blocks of the page.
+fn blocks() -> Vec<String> {
+    let of_frontends = frontend::WAYS.iter().flat_map(|way| frontend::blocks(way));
+    let others = PREPARATIONS.iter().chain(&LINKED).map(|name| (*name).to_owned());
+    others.chain(of_frontends).collect()
 }
 
 /// Installs with the page's own line, only quicker to build.
@@ -149,31 +162,45 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    fn block(&self, name: &str) -> Result<()> {
-        let text = self.under_kills(name, &[])?;
+    fn block(&self, name: &str) -> Result<String> {
+        let text = self.under_kills(name, &[], None)?;
         ensure!(!text.contains("Pattern verification failed"), "{name}: wrong bytes");
-        Ok(())
+        Ok(text)
     }
 
-    /// The guest says how it went on its console; QEMU's library says how it reached the memory.
+    /// QEMU's library says how it reached the memory.
     fn guest(&self, kernel: &Kernel, initrd: &Path) -> Result<()> {
-        let (image, initrd) = (kernel.image.to_string_lossy(), initrd.to_string_lossy());
-        let arguments = ["-kernel", &*image, "-initrd", &*initrd, "-append", KERNEL_OPTIONS];
-        let text = self.under_kills("guest", &arguments)?;
-        ensure!(text.contains("GUEST-DONE"), "the guest did not finish");
-        for sign in ["GUEST-FAILED", "GUEST-WRONG", "I/O error", "Kernel panic"] {
-            ensure!(!text.contains(sign), "the guest met an error: {sign}");
-        }
+        let text = self.boot("guest", kernel, initrd, None)?;
         let (in_memory, copied) = requests(&text).context("the library told no numbers")?;
         ensure!(in_memory > 100, "guest memory was not used in place: {in_memory} requests");
         ensure!(copied * 20 < in_memory, "{copied} requests were copied, {in_memory} were not");
         Ok(())
     }
 
-    /// Runs a block while the server is killed; returns all that it printed.
-    fn under_kills(&self, name: &str, arguments: &[&str]) -> Result<String> {
-        let script =
-            format!("{}\n{}", self.document.block("environment")?, self.document.block(name)?);
+    /// Boots a guest, which says how it went on its console.
+    fn boot(
+        &self,
+        name: &str,
+        kernel: &Kernel,
+        initrd: &Path,
+        meanwhile: Option<&str>,
+    ) -> Result<String> {
+        let (image, initrd) = (kernel.image.to_string_lossy(), initrd.to_string_lossy());
+        let arguments = ["-kernel", &*image, "-initrd", &*initrd, "-append", KERNEL_OPTIONS];
+        let text = self.under_kills(name, &arguments, meanwhile)?;
+        ensure!(text.contains("GUEST-DONE"), "the guest did not finish");
+        for sign in ["GUEST-FAILED", "GUEST-WRONG", "I/O error", "Kernel panic"] {
+            ensure!(!text.contains(sign), "the guest met an error: {sign}");
+        }
+        Ok(text)
+    }
+
+    fn start(&self, name: &str, arguments: &[&str]) -> Result<Block> {
+        let mut script = self.document.block("environment")?.to_owned();
+        if LINKED.contains(&name) {
+            script += self.document.block("library")?;
+        }
+        script += self.document.block(name)?;
         println!("---- docs/hypervisors.md: {name}");
         let mut bash = Command::new("bash");
         bash.args(["-euo", "pipefail", "-c", &script, name]).args(arguments);
@@ -182,19 +209,31 @@ impl Run<'_> {
         bash.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // Of its own, so that whatever hangs can be ended as one.
         bash.process_group(0);
+        Block::start(&mut bash)
+    }
+
+    /// Runs a block while the server is killed, and another in a pause of that, once there is a guest
+    /// that works; returns all that the first printed.
+    fn under_kills(
+        &self,
+        name: &str,
+        arguments: &[&str],
+        mut meanwhile: Option<&str>,
+    ) -> Result<String> {
         let begin = Instant::now();
-        let mut block = Block::start(&mut bash)?;
-        let kills = self.kill_until_done(&mut block);
+        let mut block = self.start(name, arguments)?;
+        let kills = self.kill_until_done(&mut block, &mut meanwhile);
         let status = block.end()?;
         let kills = kills.with_context(|| format!("block {name}"))?;
         ensure!(status.success(), "block {name}: {status}");
         ensure!(kills > 0, "block {name}: it was over before the server could be killed");
+        ensure!(meanwhile.is_none(), "block {name}: it was over before {meanwhile:?} could run");
         let seconds = begin.elapsed().as_secs_f64();
         println!("---- {name}: done in {seconds:.1} s, {kills} kills of the server, no error");
         Ok(block.text())
     }
 
-    fn kill_until_done(&self, block: &mut Block) -> Result<u32> {
+    fn kill_until_done(&self, block: &mut Block, meanwhile: &mut Option<&str>) -> Result<u32> {
         let begin = Instant::now();
         let (mut kills, mut next, mut pause) = (0, begin, PAUSE_FIRST);
         while block.child.try_wait()?.is_none() {
@@ -205,9 +244,28 @@ impl Run<'_> {
                 next = Instant::now() + pause;
                 pause = (pause * 2).min(PAUSE_MAX);
             }
+            if block.text().contains(GUEST_WORKS)
+                && let Some(name) = meanwhile.take()
+            {
+                self.undisturbed(name)?;
+                ensure!(!block.text().contains("GUEST-DONE"), "the guest was done before {name}");
+            }
             sleep(Duration::from_millis(5));
         }
         Ok(kills)
+    }
+
+    /// Runs a block without killing anybody; returns all that it printed.
+    fn undisturbed(&self, name: &str) -> Result<String> {
+        let begin = Instant::now();
+        let mut block = self.start(name, &[])?;
+        while block.child.try_wait()?.is_none() && begin.elapsed() < PATIENCE {
+            sleep(Duration::from_millis(5));
+        }
+        let status = block.end()?;
+        ensure!(status.success(), "block {name}: {status}");
+        println!("---- {name}: done in {:.1} s", begin.elapsed().as_secs_f64());
+        Ok(block.text())
     }
 }
 

@@ -77,6 +77,10 @@ pub enum OfDisk {
     Fsck = 22,
     /// Guest: longest gap since the first boot, in microseconds.
     GapMax = 23,
+    /// Guest: virtqueues that it uses.
+    Queues = 24,
+    /// Guest: 1 if these are packed, 2 if not.
+    Packed = 25,
 }
 
 macro_rules! numbered {
@@ -301,7 +305,7 @@ mod tests {
         assert!((last_of(DISKS_MAX - 1) as u64) < BYTES / 8);
         assert_eq!(last_of(0) + 1, entry_word(1, 0));
         assert!(gap_word(DISKS_MAX - 1, EPOCHS_MAX - 1) < ENTRIES_AT);
-        assert!(disk_word(DISKS_MAX - 1, OfDisk::GapMax) < GAPS_AT);
+        assert!(disk_word(DISKS_MAX - 1, OfDisk::Packed) < GAPS_AT);
         assert_eq!(Command::from_word(2), Some(Command::PowerOff));
         assert_eq!(State::from_word(9), None);
     }

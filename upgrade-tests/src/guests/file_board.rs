@@ -1,10 +1,14 @@
-//! The board as the host sees it: a file.
+//! The board as the host sees it: a file without a name.
+//!
+//! QEMU offers it to servers of vhost-user as a part of the guest's memory, and ours takes no memory
+//! that others can make smaller. So it is sealed; and it outlives QEMU, for this program holds it.
 
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 
 use nebd_guest::board::{BYTES, Board, Common, MAGIC, OfDisk, Words};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, memfd_create};
 
 use super::error::{GuestError, system};
 use super::machine::Disk;
@@ -12,6 +16,13 @@ use super::machine::Disk;
 /// The file. A read or write that fails is one of memory that is gone, and is told as zero.
 #[derive(Debug)]
 pub struct BoardFile(File);
+
+impl BoardFile {
+    /// Where QEMU finds it, as long as this program lives.
+    pub fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
+    }
+}
 
 impl Words for BoardFile {
     fn load(&self, word: usize) -> u64 {
@@ -30,13 +41,8 @@ impl Words for BoardFile {
 }
 
 /// Makes a board for these disks.
-pub fn make(path: &Path, disks: &[Disk]) -> Result<Board<BoardFile>, GuestError> {
-    let mut options = File::options();
-    let file = options.read(true).write(true).create(true).truncate(true).open(path);
-    let file = file.map_err(system("make the board"))?;
-    // Allocated, for a guest that writes into a hole of a full disk dies of it.
-    rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, BYTES)
-        .map_err(|error| GuestError::System { action: "make the board", source: error.into() })?;
+pub fn make(disks: &[Disk]) -> Result<Board<BoardFile>, GuestError> {
+    let file = sealed().map_err(|error| system("make the board")(error.into()))?;
     let board = Board(BoardFile(file));
     for (index, disk) in disks.iter().enumerate() {
         board.set_of_disk(index, OfDisk::Kind, disk.kind as u64);
@@ -47,4 +53,13 @@ pub fn make(path: &Path, disks: &[Disk]) -> Result<Board<BoardFile>, GuestError>
     board.set(Common::Disks, disks.len() as u64);
     board.set(Common::Magic, MAGIC);
     Ok(board)
+}
+
+/// A file that has its memory, and keeps its size.
+fn sealed() -> rustix::io::Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = File::from(memfd_create("nebd-board", flags)?);
+    fallocate(&file, FallocateFlags::empty(), 0, BYTES)?;
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(file)
 }

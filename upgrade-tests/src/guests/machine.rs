@@ -48,6 +48,10 @@ pub struct Disk {
     pub depth: u64,
     /// Milliseconds that each pauses after a request.
     pub rest_ms: u64,
+    /// Virtqueues, on the ways that let the server have them.
+    pub queues: u32,
+    /// Whether these are packed, likewise.
+    pub is_packed: bool,
 }
 
 /// How a guest is started.
@@ -59,6 +63,8 @@ pub struct MachineConfig {
     pub initrd: PathBuf,
     /// Its disks.
     pub disks: Vec<Disk>,
+    /// Its processors; it uses no more virtqueues of a disk than that.
+    pub cpus: u32,
     /// QEMU's arguments that make these disks.
     pub arguments: Vec<String>,
     /// QEMU's environment.
@@ -82,8 +88,8 @@ impl Machine {
         dir: &Path,
         interrupted: &Arc<AtomicBool>,
     ) -> Result<Machine, GuestError> {
-        let board = file_board::make(&dir.join("board"), &config.disks)?;
-        let qemu = start_qemu(&config, dir)?;
+        let board = file_board::make(&config.disks)?;
+        let qemu = start_qemu(&config, &board, dir)?;
         let interrupted = interrupted.clone();
         Ok(Machine { config, dir: dir.to_owned(), qemu, board, interrupted, commands: 0 })
     }
@@ -92,7 +98,7 @@ impl Machine {
     pub fn kill_and_start(&mut self) -> Result<(), GuestError> {
         self.qemu.end(Duration::ZERO);
         self.board.set(Common::State, State::Absent as u64);
-        self.qemu = start_qemu(&self.config, &self.dir)?;
+        self.qemu = start_qemu(&self.config, &self.board, &self.dir)?;
         Ok(())
     }
 
@@ -212,15 +218,19 @@ fn read_text(path: &Path) -> String {
     String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
 }
 
-fn start_qemu(config: &MachineConfig, dir: &Path) -> Result<Process, GuestError> {
+fn start_qemu(
+    config: &MachineConfig,
+    board: &Board<BoardFile>,
+    dir: &Path,
+) -> Result<Process, GuestError> {
     let file = |name: &str| dir.join(name).display().to_string();
     let _ = fs::remove_file(dir.join("monitor"));
     let mut qemu = Command::new("qemu-system-x86_64");
     qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg"]);
     qemu.args(["-machine", "q35,memory-backend=ram", "-cpu", "qemu64,+ssse3,+sse4.1,+sse4.2"]);
-    qemu.args(["-smp", "1", "-m", MEMORY]);
+    qemu.args(["-smp", &config.cpus.to_string(), "-m", MEMORY]);
     qemu.args(["-object", &format!("memory-backend-memfd,id=ram,size={MEMORY},share=on")]);
-    let (board, bytes) = (file("board"), board::BYTES);
+    let (board, bytes) = (board.0.path(), board::BYTES);
     let board = format!("memory-backend-file,id=board,mem-path={board},size={bytes},share=on");
     qemu.args(["-object", &board, "-device", "ivshmem-plain,memdev=board"]);
     let console = format!("file,id=console,path={},append=on", file("console"));

@@ -20,7 +20,8 @@ use super::way::{Backing, DOWN, Nebd, NebdConfig, Way};
 use super::{GuestConfig, Run};
 
 /// The disk of the comparison; file systems would stay broken after the first error.
-const DISKS: [Disk; 1] = [Disk { kind: Kind::Raw, bytes: 64 << 20, depth: 16, rest_ms: 0 }];
+const DISKS: [Disk; 1] =
+    [Disk { kind: Kind::Raw, bytes: 64 << 20, depth: 16, rest_ms: 0, queues: 1, is_packed: false }];
 /// So many guests may fail before a row is given up.
 const GUESTS_MAX: usize = 4;
 /// What is compared.

@@ -5,6 +5,7 @@ use std::fmt;
 
 use serde::Serialize;
 
+use super::cores::Cores;
 use super::fault::Fault;
 
 /// What one kind of fault did to the disks of a guest.
@@ -69,6 +70,8 @@ pub struct WaySummary {
     pub file_systems_clean: usize,
     /// File systems.
     pub file_systems: usize,
+    /// What crashes left.
+    pub cores: Cores,
     /// How long it took.
     pub seconds: f64,
     /// Whatever else was wrong.
@@ -84,6 +87,7 @@ impl WaySummary {
             && self.problems.is_empty()
             && self.file_systems_clean == self.file_systems
             && self.checked > 0
+            && self.cores.is_complete()
     }
 
     /// Sums up what happened.
@@ -133,10 +137,11 @@ impl WaySummary {
         text + &format!(
             "\n{kills} kills, {takeovers} planned takeovers, {boots} boots, {requests} requests, {checked} \
              blocks and files compared: errors {errors}, mismatches {mismatches}, {} of {} file systems \
-             clean, {} other problems; {:.0} s\n",
+             clean, {} other problems; {}; {:.0} s\n",
             self.file_systems_clean,
             self.file_systems,
             self.problems.len(),
+            self.cores,
             self.seconds
         )
     }

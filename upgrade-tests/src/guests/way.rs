@@ -12,6 +12,7 @@ use nebd_rpc::admin::{Upgrade, UpgradeState};
 use nix::sys::signal::Signal;
 use serde::Serialize;
 
+use super::cores::Cores;
 use super::error::{GuestError, system};
 use super::fault::Fault;
 use super::machine::Disk;
@@ -86,12 +87,24 @@ impl fmt::Display for Way {
 pub trait Backing {
     /// QEMU's arguments for the disks.
     fn arguments(&self) -> Vec<String>;
+    /// The guest's processors.
+    fn cpus(&self) -> u32 {
+        1
+    }
+    /// Whether the virtqueues are this server's, and as a [`Disk`] asks for.
+    fn has_virtqueues(&self) -> bool {
+        false
+    }
     /// QEMU's environment.
     fn environment(&self) -> Vec<(String, String)>;
     /// Does what of the fault is the server's part. Returns when another serves, or the old one again.
     fn strike(&mut self, fault: Fault) -> Result<(), GuestError>;
     /// What the server said last.
     fn log(&self) -> String;
+    /// What crashes left, of servers that do.
+    fn cores(&self) -> Cores {
+        Cores::default()
+    }
 }
 
 /// A server of ours.
@@ -99,10 +112,11 @@ pub struct Nebd {
     way: Way,
     host: Host,
     backend: String,
-    disks: usize,
+    disks: Vec<Disk>,
     rbd_library: PathBuf,
     dice: Dice,
     failed_takeovers: usize,
+    cores: Cores,
 }
 
 /// What to start.
@@ -135,17 +149,19 @@ impl Nebd {
             let name = format!("{}:{}", config.backend, volume(index));
             host.admin()?.create(&name, disk.bytes, BLOCK_BYTES)?;
             if way != Way::Linked {
-                attach(&config.nebdctl, &host, &name, way, &socket(&host, index))?;
+                let queues = (way == Way::VhostUser).then_some(disk.queues);
+                attach(&config.nebdctl, &host, &name, way, queues, &socket(&host, index))?;
             }
         }
         Ok(Nebd {
             way,
             host,
             backend: config.backend.clone(),
-            disks: disks.len(),
+            disks: disks.to_vec(),
             rbd_library: config.rbd_library.clone(),
             dice: Dice::new(config.seed),
             failed_takeovers: 0,
+            cores: Cores::new(),
         })
     }
 
@@ -157,6 +173,14 @@ impl Nebd {
         let server = self.server();
         self.host.signal(server, signal)?;
         self.host.wait_for_successor(server)?;
+        Ok(())
+    }
+
+    fn crash(&mut self) -> Result<(), GuestError> {
+        self.kill(Signal::SIGSEGV)?;
+        // Servers run where the keeper does.
+        let dir = self.host.socket().with_file_name("");
+        self.cores.count(&dir);
         Ok(())
     }
 
@@ -230,7 +254,7 @@ impl Nebd {
     /// Behind the server's back, in the images.
     fn spoil(&mut self) -> Result<(), GuestError> {
         let images = self.host.state_dir().join("images");
-        for index in 0..self.disks {
+        for index in 0..self.disks.len() {
             let image =
                 File::options().write(true).open(images.join(format!("{}.img", volume(index))));
             let image = image.map_err(system("open an image"))?;
@@ -271,10 +295,14 @@ fn attach(
     host: &Host,
     volume: &str,
     way: Way,
+    queues: Option<u32>,
     socket: &Path,
 ) -> Result<(), GuestError> {
     let mut command = Command::new(nebdctl);
     command.args(["attach", volume, "--as", &way.to_string(), "--socket"]).arg(socket);
+    if let Some(queues) = queues {
+        command.args(["--queues", &queues.to_string()]);
+    }
     command.env("NEBD_SOCKET", host.socket()).stdin(Stdio::null());
     let output = command.output().map_err(system("start nebdctl"))?;
     if output.status.success() {
@@ -286,7 +314,7 @@ fn attach(
 impl Backing for Nebd {
     fn arguments(&self) -> Vec<String> {
         let mut arguments = vec!["-object".to_owned(), "iothread,id=io0".into()];
-        for index in 0..self.disks {
+        for (index, disk) in self.disks.iter().enumerate() {
             let volume = volume(index);
             let socket = socket(&self.host, index);
             let socket = socket.display();
@@ -295,7 +323,11 @@ impl Backing for Nebd {
                     "-chardev".into(),
                     format!("socket,id=c{index},path={socket},reconnect-ms=100"),
                     "-device".into(),
-                    format!("vhost-user-blk-pci,chardev=c{index},num-queues=1"),
+                    format!(
+                        "vhost-user-blk-pci,chardev=c{index},num-queues={},packed={}",
+                        disk.queues,
+                        if disk.is_packed { "on" } else { "off" }
+                    ),
                 ]),
                 Way::Nbd => arguments.extend([
                     "-blockdev".into(),
@@ -323,6 +355,17 @@ impl Backing for Nebd {
         arguments
     }
 
+    fn cpus(&self) -> u32 {
+        match self.way {
+            Way::VhostUser => self.disks.iter().map(|disk| disk.queues).max().unwrap_or(1),
+            Way::Linked | Way::Nbd => 1,
+        }
+    }
+
+    fn has_virtqueues(&self) -> bool {
+        self.way == Way::VhostUser
+    }
+
     fn environment(&self) -> Vec<(String, String)> {
         match self.way {
             Way::Linked => vec![
@@ -339,7 +382,7 @@ impl Backing for Nebd {
             Fault::Nothing | Fault::QemuKill => Ok(()),
             Fault::Kill => self.kill(Signal::SIGKILL),
             Fault::KillAndDown => self.kill_and_down(),
-            Fault::Crash => self.kill(Signal::SIGSEGV),
+            Fault::Crash => self.crash(),
             Fault::Stop => self.kill(Signal::SIGSTOP),
             Fault::Takeover | Fault::Reset | Fault::Reboot | Fault::Pause => self.takeover(),
             Fault::FailedTakeover => self.failed_takeover(),
@@ -350,6 +393,10 @@ impl Backing for Nebd {
 
     fn log(&self) -> String {
         format!("---- server\n{}", self.host.log())
+    }
+
+    fn cores(&self) -> Cores {
+        self.cores.clone()
     }
 }
 

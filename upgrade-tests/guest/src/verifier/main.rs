@@ -134,6 +134,9 @@ impl Disk {
     ) -> Result<Disk> {
         let word = |field| board.of_disk(disk, field);
         let device = system::disk(disk, word(OfDisk::Bytes))?;
+        let (queues, is_packed) = system::virtqueues(&device)?;
+        board.set_of_disk(disk, OfDisk::Queues, queues as u64);
+        board.set_of_disk(disk, OfDisk::Packed, if is_packed { 1 } else { 2 });
         let meter = Arc::new(Meter::new(board, disk, start));
         let (depth, boots) = (word(OfDisk::Depth), board.get(Common::Boots));
         let kind = Kind::from_word(word(OfDisk::Kind)).context("what is on the disk")?;

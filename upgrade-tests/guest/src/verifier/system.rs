@@ -18,6 +18,8 @@ use crate::memory::Mapping;
 /// Of the device that shows memory of the host: Red Hat, ivshmem.
 const VENDOR: &str = "0x1af4";
 const DEVICE: &str = "0x1110";
+/// VIRTIO_F_RING_PACKED, a bit.
+const RING_PACKED: usize = 34;
 const NO_PARAMETERS: &CStr = c"";
 /// The board's memory, among the device's resources.
 const RESOURCE: &str = "resource2";
@@ -83,6 +85,15 @@ pub fn disk(index: usize, bytes: u64) -> Result<PathBuf> {
     }
     let found = fs::read_to_string(&size).unwrap_or_else(|error| error.to_string());
     bail!("{}: {bytes} bytes were expected, sectors found: {}", path.display(), found.trim());
+}
+
+/// How many virtqueues of a disk this kernel uses, and whether they are packed.
+pub fn virtqueues(device: &Path) -> Result<(usize, bool)> {
+    let name = device.file_name().context("a disk has a name")?;
+    let of_disk = Path::new("/sys/block").join(name);
+    let queues = fs::read_dir(of_disk.join("mq")).context("the disk's queues")?.count();
+    let features = fs::read_to_string(of_disk.join("device/features")).context("features")?;
+    Ok((queues, features.as_bytes().get(RING_PACKED) == Some(&b'1')))
 }
 
 /// Mounts a file system.
