@@ -457,6 +457,8 @@ fn compare_peers(
         println!("{}", serde_json::to_string(&rows)?);
     }
     Ok(rows[..ways.len()].iter().all(guests::Row::is_clean))
+}
+
 fn run_drive(args: &Drive) -> anyhow::Result<bool> {
     let mut disk = Disk::open(&args.rings.options(&args.socket, args.depth)?)?;
     let load = drive::Load {
