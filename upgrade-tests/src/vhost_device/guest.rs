@@ -257,7 +257,11 @@ impl Guest {
     /// Asks to be called for the next answer; false if one is there already.
     pub fn arm(&mut self) -> bool {
         self.shared.drain_calls();
-        // Every ring is armed, whatever the others say.
-        self.rings.iter_mut().fold(true, |quiet, ring| ring.want_calls() && quiet)
+        let mut is_quiet = true;
+        for ring in &mut self.rings {
+            // Every ring is armed, whatever the others say.
+            is_quiet &= ring.want_calls();
+        }
+        is_quiet
     }
 }
