@@ -71,7 +71,7 @@ fn sigkill_with_a_warm_standby_is_not_noticed() {
 #[test]
 fn crashes_aborts_and_freezes_are_not_noticed() {
     let mut kinds = vec![Kill::SIGSEGV, Kill::SIGABRT, Kill::SIGSTOP, Kill::StopAndContinue];
-    kinds.extend(["reissue", "after-publish"].map(|point| Kill::at(point, "kill")));
+    kinds.extend(["after-pop", "after-publish"].map(|point| Kill::at(point, "kill")));
     kinds.push(Kill::at("before-publish", "abort"));
     let kills = kinds.len();
     for options in [split(), packed()] {

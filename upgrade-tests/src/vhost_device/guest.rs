@@ -259,7 +259,7 @@ impl Guest {
         self.shared.drain_calls();
         let mut is_quiet = true;
         for ring in &mut self.rings {
-            // Armed, whatever the others say.
+            // Every ring is armed, whatever the others say.
             is_quiet &= ring.want_calls();
         }
         is_quiet
