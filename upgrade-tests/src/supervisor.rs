@@ -301,7 +301,11 @@ impl Host {
 
     /// Sends a signal to a server.
     pub fn signal(&self, server: i32, signal: Signal) -> Result<(), HostError> {
-        nix::sys::signal::kill(Pid::from_raw(server), signal).map_err(system_nix("signal"))
+        match nix::sys::signal::kill(Pid::from_raw(server), signal) {
+            // It met what was armed for it just now.
+            Err(nix::Error::ESRCH) if signal == Signal::SIGKILL => Ok(()),
+            sent => sent.map_err(system_nix("signal")),
+        }
     }
 
     /// Has the next server (the present one has read its list already) do `action` when it passes
