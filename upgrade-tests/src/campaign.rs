@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::sys::signal::Signal;
 
 use crate::device::Device;
@@ -344,8 +345,19 @@ impl Campaign {
     }
 
     fn kill_victim(&self, victim: i32, signal: Signal) -> Result<(), CampaignError> {
-        self.timeline.kill.arm(self.timeline.now());
-        self.host.signal(victim, signal)?;
+        let mut victim = victim;
+        loop {
+            self.timeline.kill.arm(self.timeline.now());
+            match self.host.signal(victim, signal) {
+                // It had met its failpoint already, and died of it only now: its successor is next.
+                Err(HostError::System { source, .. })
+                    if source.raw_os_error() == Some(Errno::ESRCH as i32) =>
+                {
+                    victim = self.host.wait_for_successor(victim)?;
+                }
+                signalled => break signalled?,
+            }
+        }
         self.timeline.kill.happened();
         Ok(())
     }
