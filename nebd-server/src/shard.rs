@@ -40,6 +40,7 @@ use fair::{Fair, Share};
 use freeze::Frozen;
 pub(crate) use freeze::monotonic_ns;
 pub use freeze::{Freeze, FreezeEvent};
+pub(crate) use front::Adopted;
 pub use front::Front;
 pub use hold::Hold;
 pub use messages::{Command, EventSink, QueueSetup, ShardEvent};

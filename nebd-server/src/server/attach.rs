@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nebd_abi::control::AttachFlags;
 use nebd_abi::layout::{PAGE, ServerState, SessionId, features};
 use nebd_abi::region::{Region, RegionError, SharedMemory};
-use nebd_abi::ring::{Request, ServerQueue};
+use nebd_abi::ring::ServerQueue;
 use nebd_abi::{Epoch, Errno, VolumeName};
 use nebd_backend::{BackendError, FdStore, OpenContext};
 use nebd_vhost::journal::JournalError;
@@ -21,7 +21,7 @@ use crate::hooks;
 use crate::quarantine::{DEATHS_PARKED, DEATHS_SUSPECT, Suspect};
 use crate::session::ledger::{Attachment, Ledger};
 use crate::session::{Memories, Session, SessionParts, set_memory};
-use crate::shard::{Command, Front, QueueSetup};
+use crate::shard::{Adopted, Command, Front, QueueSetup};
 use crate::vhost::{Hypervisor, ResumeError, Stored, disk_of};
 use crate::volume::OpenVolume;
 
@@ -373,7 +373,7 @@ impl Server {
         session: SessionId,
         shards: &[usize],
         queue_depth: u32,
-        adopted: &mut [(Front, Vec<Request>)],
+        adopted: &mut [Adopted],
     ) -> Verdicts {
         let mut verdicts = Verdicts::default();
         let mut ledger_base = 0;
@@ -642,13 +642,13 @@ pub(crate) fn is_own(region: &Region) -> bool {
 /// A session that is complete but for being served.
 struct Prepared {
     session: Arc<Session>,
-    adopted: Vec<(Front, Vec<Request>)>,
+    adopted: Vec<Adopted>,
     verdicts: Verdicts,
     hypervisor: Option<Box<Hypervisor>>,
 }
 
 /// The rings of a client's region, and what is to be issued again of each.
-fn rings_of(region: &Arc<Region>, epoch: Epoch) -> Vec<(Front, Vec<Request>)> {
+fn rings_of(region: &Arc<Region>, epoch: Epoch) -> Vec<Adopted> {
     let queues = (0..region.geometry().queue_count).map_while(|index| region.queue(index));
     let adopted = queues.map(|memory| ServerQueue::adopt(memory, epoch));
     adopted.map(|(ring, requests)| (Front::Ring(ring), requests)).collect()

@@ -6,6 +6,9 @@ use nebd_backend::Segments;
 
 use super::VirtFront;
 
+/// A queue's other side, and what is to be issued again of it.
+pub(crate) type Adopted = (Front, Vec<Request>);
+
 /// The other side of a queue.
 pub enum Front {
     /// A part client's rings.

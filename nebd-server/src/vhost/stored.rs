@@ -6,7 +6,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use nebd_abi::layout::{SessionId, TRANSFER_BYTES_MAX};
-use nebd_abi::ring::Request;
 use nebd_backend::FdStore;
 use nebd_vhost::connection::{Connection, ConnectionError, Resumed};
 use nebd_vhost::device::Device;
@@ -19,7 +18,7 @@ use super::hypervisor::{Hypervisor, LostDoorbell};
 use super::kept::{Kept, KeptRecord, Serial};
 use crate::session::Session;
 use crate::session::ledger::Ledger;
-use crate::shard::{Front, VirtFront};
+use crate::shard::{Adopted, Front, VirtFront};
 use crate::volume::OpenVolume;
 
 /// Slots of a queue's ledger, and so the most descriptors that its ring may have.
@@ -131,7 +130,7 @@ impl Stored {
         disk: Disk,
         volume: &Arc<OpenVolume>,
         ledger: &Ledger,
-    ) -> Result<(Hypervisor, Vec<(Front, Vec<Request>)>), ResumeError> {
+    ) -> Result<(Hypervisor, Vec<Adopted>), ResumeError> {
         let socket = self.socket.try_clone();
         let resumed = self.resume_connection(id, disk, volume, ledger);
         if let (Err(_), Ok(socket)) = (&resumed, socket) {
@@ -147,7 +146,7 @@ impl Stored {
         disk: Disk,
         volume: &Arc<OpenVolume>,
         ledger: &Ledger,
-    ) -> Result<(Hypervisor, Vec<(Front, Vec<Request>)>), ResumeError> {
+    ) -> Result<(Hypervisor, Vec<Adopted>), ResumeError> {
         let Stored { socket, journal, kept: fds, mapped, backing } = self;
         let state = journal.state().unwrap_or_default();
         let rings = disk.queues;
