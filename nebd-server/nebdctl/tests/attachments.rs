@@ -4,6 +4,7 @@ mod server;
 
 use std::fs;
 use std::io::Read;
+use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -56,9 +57,10 @@ fn listening_socket(path: &Path) -> String {
     sockets.remove(0)
 }
 
-/// Until the server has accepted this connection. As long as it speaks neither protocol, that is
-/// all that a client sees: the end of the connection.
+/// Until the server has accepted this connection: it turns an NBD client away, and hangs up once a
+/// hypervisor has.
 fn await_accepted(mut client: UnixStream) {
+    client.shutdown(Shutdown::Write).unwrap();
     client.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     let read = client.read(&mut [0; 1]);
     assert!(read.is_ok(), "the connection was lost, or nobody has accepted it: {read:?}");
