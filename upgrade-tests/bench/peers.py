@@ -71,7 +71,7 @@ TARGET = os.environ.get("CARGO_TARGET_DIR", os.path.join(ROOT, "target"))
 def drive(socket, server, op, block_size, depth, seconds, poll):
     """Loads a vhost-user-blk server, whose process is `server`, without a guest."""
     command = [binary("upgrade-tests"), "drive", socket, "--op", op, "--block-size", str(block_size),
-               "--depth", str(depth), "--seconds", str(seconds), *(["--poll"] if poll else [])]
+               "--depth", str(depth), "--seconds", str(seconds), "--no-straddling", *(["--poll"] if poll else [])]
     before, own = cpu_s(server), os.times()
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     after = os.times()

@@ -2,11 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use serde::Serialize;
 
 use crate::stamp::Dice;
 use crate::vhost_device::{Disk, RequestKind};
+
+/// A server that is silent for so long is broken.
+const SILENCE_MAX: Duration = Duration::from_secs(20);
 
 /// What is asked for.
 #[derive(Clone, Copy, Debug)]
@@ -99,6 +102,8 @@ pub fn drive(disk: &mut Disk, load: &Load) -> anyhow::Result<Result> {
 /// Until the device calls.
 fn wait(disk: &Disk) -> anyhow::Result<()> {
     let mut polled = [PollFd::from_borrowed_fd(disk.called(), PollFlags::IN)];
-    rustix::io::retry_on_intr(|| rustix::event::poll(&mut polled, None))?;
+    let limit = Timespec { tv_sec: SILENCE_MAX.as_secs() as i64, tv_nsec: 0 };
+    let ready = rustix::io::retry_on_intr(|| rustix::event::poll(&mut polled, Some(&limit)))?;
+    anyhow::ensure!(ready > 0, "nothing was answered within {SILENCE_MAX:?}");
     Ok(())
 }
