@@ -5,7 +5,7 @@ mod common;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use common::{assert_clean, config, executable, goes_on, programs, server_with, until, upgrade};
+use common::{assert_unharmed, config, executable, goes_on, programs, server_with, until, upgrade};
 use nebd_rpc::admin::UpgradeState::{Done, Failed, Probation, Refused, RolledBack};
 use nebd_upgrade_tests::campaign::{Campaign, CampaignConfig, Kill};
 
@@ -43,7 +43,7 @@ fn a_failed_probation_goes_back_by_itself() {
     goes_on(&campaign);
     campaign.kill(&Kill::SIGKILL).unwrap();
     assert_eq!(executable(campaign.host().server_pid().unwrap()), old_binary());
-    assert_clean(&campaign.finish(), 1);
+    assert_unharmed(&campaign.finish(), 1);
 }
 
 fn death_in_the_probation(kind: Kill, standby: bool) {
@@ -62,7 +62,7 @@ fn death_in_the_probation(kind: Kill, standby: bool) {
     goes_on(&campaign);
     // What was rolled back is over: the next upgrade is one like any other.
     campaign.kill(&Kill::Takeover).unwrap();
-    assert_clean(&campaign.finish(), 2);
+    assert_unharmed(&campaign.finish(), 2);
 }
 
 #[test]
@@ -92,5 +92,5 @@ fn a_probation_that_was_passed_is_for_good() {
     campaign.kill(&Kill::SIGKILL).unwrap();
     assert_eq!(executable(campaign.host().server_pid().unwrap()), new.runs);
     goes_on(&campaign);
-    assert_clean(&campaign.finish(), 1);
+    assert_unharmed(&campaign.finish(), 1);
 }

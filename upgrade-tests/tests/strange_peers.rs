@@ -5,7 +5,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::{assert_clean, config, goes_on, server_with, until, upgrade};
+use common::{assert_unharmed, config, goes_on, server_with, until, upgrade};
 use nebd_rpc::admin::UpgradeState;
 use nebd_upgrade_tests::campaign::{Campaign, Kill};
 
@@ -24,7 +24,7 @@ fn assert_refused(mut campaign: Campaign, environment: &[(&str, &str)], reason: 
     goes_on(&campaign);
     // Nothing of it is left: a death is survived as ever.
     campaign.kill(&Kill::SIGKILL).unwrap();
-    assert_clean(&campaign.finish(), 1);
+    assert_unharmed(&campaign.finish(), 1);
 }
 
 fn candidate(kind: &str, reason: &str) {

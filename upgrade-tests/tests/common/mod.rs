@@ -57,12 +57,20 @@ pub fn config(backend: &str, sessions: usize, kills: usize) -> CampaignConfig {
     CampaignConfig { sessions, kills, ..CampaignConfig::new(programs(), backend) }
 }
 
-/// Nothing was wrong, every kill counted, and something was done at all.
+/// Nothing was wrong, enough kills met enough writes in flight, and something was done at all.
 #[allow(dead_code)]
 pub fn assert_clean(summary: &Summary, kills: usize) {
-    assert!(summary.is_clean(), "{summary}");
+    assert_unharmed(summary, kills);
     assert!(summary.kills_counted >= kills, "{summary}");
     assert!(summary.kills == 0 || summary.writes_in_flight_min >= 8, "{summary}");
+}
+
+/// The same of a campaign whose test deals every blow itself: on a busy machine a blow may meet few
+/// writes, and `Campaign::kill` does not deal another in its place.
+#[allow(dead_code)]
+pub fn assert_unharmed(summary: &Summary, kills: usize) {
+    assert!(summary.is_clean(), "{summary}");
+    assert!(summary.kills >= kills, "{summary}");
     assert!(summary.report.requests > 500 && summary.report.blocks_checked > 500, "{summary}");
     println!("{summary}");
 }
