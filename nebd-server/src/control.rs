@@ -21,7 +21,6 @@ use std::sync::Arc;
 use crossbeam::channel::Receiver;
 use nebd_abi::Errno;
 use nebd_abi::control::{Event, Message};
-use nebd_abi::host::HostPage;
 use nebd_abi::layout::{ServerState, SessionId};
 use rustix::event::epoll;
 use rustix::net::SocketFlags;
@@ -120,6 +119,9 @@ impl Control {
             }
             let server = self.server.clone();
             let _pass = server.gate.enter("a client's message");
+            if events.iter().any(|event| event.data.u64() != PROBE) {
+                self.server.work_sign.note();
+            }
             for event in &events {
                 match event.data.u64() {
                     LISTENER => self.accept(),
@@ -139,12 +141,9 @@ impl Control {
         &self.server
     }
 
-    fn host(&self) -> &HostPage {
-        &self.server.host
-    }
-
     fn show_life(&self) {
-        self.host().pong(0);
+        // Whatever else has come is noted already.
+        self.server.work_sign.pong(0, false);
         for shard in &self.server.shards {
             shard.send(Command::Probe);
         }

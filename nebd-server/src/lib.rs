@@ -41,3 +41,4 @@ mod standby;
 mod successor;
 mod tenure;
 mod vhost;
+mod work_sign;

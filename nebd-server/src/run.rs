@@ -43,6 +43,7 @@ use crate::shard::{EventSink, ShardContext, SpinBudget};
 use crate::successor::Resumption;
 use crate::tenure::Tenure;
 use crate::upgrade::{Probation, Report};
+use crate::work_sign::WorkSign;
 
 /// The descriptor table's first size; 8 bytes each.
 const DESCRIPTORS_MIN: usize = 4096;
@@ -177,6 +178,7 @@ impl Heir {
         *server.upgrades.report() = Report::load(&config.state_dir, &holdings.binary);
         let resumption = Resumption::reserve(&server, sessions, &[]);
         host.announce_probes(1 + server.shards.len());
+        server.work_sign.note();
         if let Some(notifier) = &holdings.notifier {
             notifier.ready();
         }
@@ -265,6 +267,7 @@ pub(crate) fn assemble(config: &Config, given: Ingredients) -> Result<Assembly, 
     let fds = passed.into_iter().chain(life).chain(probe).chain(lock);
     let fds = fds.map(|(name, fd)| Ok((name, fd?))).collect::<io::Result<_>>();
     let tenure = Arc::new(Tenure::default());
+    let work_sign = WorkSign::new(host.clone(), notifier.clone());
     let holdings = Arc::new(Holdings {
         fds: fds.map_err(system("duplicate descriptors"))?,
         store: store.clone(),
@@ -280,7 +283,7 @@ pub(crate) fn assemble(config: &Config, given: Ingredients) -> Result<Assembly, 
     let doorbell = doorbell().map_err(system("make a doorbell"))?;
     let (notices, notice_receiver) = NoticeSink::new(doorbell.clone());
     let (events, shard_events) = EventSink::new(doorbell.clone());
-    let server = Arc::new(build(config, &host, tenure, store, notices, events)?);
+    let server = Arc::new(build(config, &host, work_sign, tenure, store, notices, events)?);
     let inputs = ControlInputs {
         listener: given.client,
         doorbell,
@@ -323,6 +326,7 @@ impl Assembly {
     /// Returns once they know it, and have been told all that belongs to it.
     pub(crate) fn settle(&self) {
         self.host().announce_probes(1 + self.server.shards.len());
+        self.server.work_sign.note();
         if let Some(notifier) = &self.holdings.notifier {
             notifier.ready();
         }
@@ -367,6 +371,7 @@ impl Assembly {
 fn build(
     config: &Config,
     host: &Arc<HostPage>,
+    work_sign: WorkSign,
     tenure: Arc<Tenure>,
     store: Arc<ServerStore>,
     notices: NoticeSink,
@@ -377,7 +382,7 @@ fn build(
     let shard_count = if config.shards == 0 { cores } else { config.shards };
     let shard_count = shard_count.min(nebd_abi::host::PROBES_MAX - 1);
     let context = ShardContext {
-        host: host.clone(),
+        work_sign: work_sign.clone(),
         tenure: tenure.clone(),
         lane,
         spin: Duration::from_micros(config.ring.spin_us),
@@ -398,7 +403,7 @@ fn build(
     Ok(Server::new(ServerParts {
         registry: Registry::load(&config.state_dir)?,
         store,
-        host: host.clone(),
+        work_sign,
         tenure,
         // Generation 0 means that nobody on this host can have had a volume open.
         host_major: host_major(&config.state_dir, host.generation().0 == 0)?,

@@ -17,7 +17,6 @@ use std::sync::atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nebd_abi::VolumeName;
-use nebd_abi::host::HostPage;
 use nebd_abi::layout::{ServerState, SessionId};
 use nebd_backend::{Backend, FdStore, PreparedVolume};
 use nebd_vhost::memory::Backing;
@@ -33,6 +32,7 @@ use crate::shard::{Command, ShardHandle};
 use crate::tenure::Tenure;
 use crate::upgrade::Upgrades;
 use crate::volume::VolumeTable;
+use crate::work_sign::WorkSign;
 pub(crate) use attach::is_own;
 pub use attach::{AttachError, AttachRequest, Origin, is_eventfd, set_nonblocking};
 
@@ -42,8 +42,8 @@ pub struct Server {
     pub registry: Registry,
     /// Descriptors that outlive this process.
     pub store: Arc<ServerStore>,
-    /// The host page.
-    pub host: Arc<HostPage>,
+    /// Where threads note that they have work.
+    pub work_sign: WorkSign,
     /// This server's.
     pub tenure: Arc<Tenure>,
     /// Major epoch where storage grants none.
@@ -85,7 +85,7 @@ pub struct Server {
 pub struct ServerParts {
     pub registry: Registry,
     pub store: Arc<ServerStore>,
-    pub host: Arc<HostPage>,
+    pub work_sign: WorkSign,
     pub tenure: Arc<Tenure>,
     pub host_major: u32,
     pub backends: Vec<Box<dyn Backend>>,
@@ -112,7 +112,7 @@ impl Server {
         Server {
             registry: parts.registry,
             store: parts.store,
-            host: parts.host,
+            work_sign: parts.work_sign,
             tenure: parts.tenure,
             host_major: parts.host_major,
             backends: parts.backends,

@@ -29,12 +29,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, unbounded};
-use nebd_abi::host::HostPage;
 use nebd_abi::layout::SessionId;
 use nebd_backend::{Done, Lane, LaneConfig, Mailbox};
 use rustix::event::{Timespec, epoll};
 
 use crate::tenure::Tenure;
+use crate::work_sign::WorkSign;
 pub use fair::{Beacon, beacons};
 use fair::{Fair, Share};
 use freeze::Frozen;
@@ -62,8 +62,8 @@ const LANE_KEY: u64 = u64::MAX;
 /// What every shard of a server shares.
 #[derive(Clone)]
 pub struct ShardContext {
-    /// The host page.
-    pub host: Arc<HostPage>,
+    /// Where work is noted.
+    pub work_sign: WorkSign,
     /// This server's.
     pub tenure: Arc<Tenure>,
     /// How lanes are set up.
@@ -415,7 +415,10 @@ impl Shard {
             }
             Command::Hold(hold) => hold.wait(),
             Command::Thaw => self.thaw(),
-            Command::Probe => self.context.host.pong(1 + self.index),
+            Command::Probe => {
+                let has_work = self.in_flight > 0 || !self.active.is_empty();
+                self.context.work_sign.pong(1 + self.index, has_work);
+            }
         }
     }
 
@@ -588,6 +591,10 @@ impl Shard {
         events.clear();
         let waited =
             epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref());
+        let has_work = self.in_flight > 0 || !self.active.is_empty();
+        if has_work || events.iter().any(|event| event.data.u64() != LANE_KEY) {
+            self.context.work_sign.note();
+        }
         if waited.is_ok() {
             for event in &events {
                 let key = event.data.u64();

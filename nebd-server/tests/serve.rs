@@ -164,7 +164,8 @@ fn an_idle_server_does_not_wake_up() {
     // Threads that had work go to sleep, or end, soon after; from then on nothing moves.
     let mut last = switches();
     until(|| {
-        std::thread::sleep(Duration::from_millis(1500));
+        // Longer than the keeper takes between two pings, of which the last follow the last work.
+        std::thread::sleep(Duration::from_millis(2500));
         let now = switches();
         let settled = now == last;
         last = now;

@@ -275,6 +275,12 @@ impl Server {
                 "ok".to_owned()
             }
             ["stop"] => self.die(Signal::STOP),
+            ["work"] => {
+                if self.page.take_up_work() {
+                    self.notifier.work();
+                }
+                "ok".to_owned()
+            }
             ["hang"] => loop {
                 std::hint::spin_loop();
             },

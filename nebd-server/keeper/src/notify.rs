@@ -87,6 +87,12 @@ impl Notifier {
         self.tell("WATCHDOG=1");
     }
 
+    /// There is work, after a while without. Nothing in it is read: that it comes wakes a keeper, which
+    /// then looks at the host page. One that is too busy to take it is awake.
+    pub fn work(&self) {
+        let _lost = self.send("X_NEBD_WORK=1", None, SendFlags::DONTWAIT);
+    }
+
     /// A line for the operator. Lost rather than waited for.
     pub fn status(&self, status: &str) {
         let line = format!("STATUS={}", status.replace('\n', " "));

@@ -103,6 +103,31 @@ fn a_server_that_spins_is_killed_once_somebody_knocks() {
 }
 
 #[test]
+fn a_server_that_hangs_at_work_is_killed_though_nobody_knocks() {
+    for standby in [&["hang_ms=300"][..], &["hang_ms=300", "standby"]] {
+        let rig = Rig::start(standby);
+        let first = rig.info();
+        rig.tell("work");
+        rig.tell_last("hang");
+        let second = rig.successor(&first);
+        assert_eq!(second.cause, "Watchdog");
+    }
+}
+
+/// Work that a dead keeper was told of is looked after by the next.
+#[test]
+fn a_server_that_hangs_at_work_is_killed_by_a_keeper_that_came_later() {
+    let mut rig = Rig::start(&["hang_ms=300"]);
+    let first = rig.info();
+    rig.kill_keeper();
+    rig.tell("work");
+    rig.tell("freeze");
+    rig.replace_dead_keeper();
+    let second = rig.successor(&first);
+    assert_eq!(second.cause, "Watchdog");
+}
+
+#[test]
 fn a_server_that_answers_is_left_alone() {
     let rig = Rig::start(&["hang_ms=100"]);
     let first = rig.info();

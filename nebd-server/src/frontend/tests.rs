@@ -25,7 +25,7 @@ fn server(dir: &tempfile::TempDir) -> Assembly {
     let ingredients = Ingredients::of(&config, host, Inherited::default(), None).unwrap();
     let assembly = assemble(&config, ingredients).unwrap();
     let server = &assembly.server;
-    let generation = server.host.claim(server.host.generation()).unwrap();
+    let generation = assembly.host().claim(assembly.host().generation()).unwrap();
     server.tenure.begin(generation, DeathCause::Unknown);
     server.frontends.load(server);
     server.frontends.open(&server.store);

@@ -31,9 +31,9 @@ fn server(dir: &tempfile::TempDir, name: &str, host: &Arc<HostPage>, store: Stor
 
 type Store = BTreeMap<String, OwnedFd>;
 
-fn claim(server: &Server) {
-    let generation = server.host.claim(server.host.generation()).unwrap();
-    server.tenure.begin(generation, DeathCause::Unknown);
+fn claim(assembly: &Assembly) {
+    let generation = assembly.host().claim(assembly.host().generation()).unwrap();
+    assembly.server.tenure.begin(generation, DeathCause::Unknown);
 }
 
 fn create(server: &Server, volume: &str) -> VolumeName {
@@ -85,7 +85,7 @@ fn owner() -> (tempfile::TempDir, Arc<HostPage>, Assembly) {
     let dir = tempfile::tempdir().unwrap();
     let host = Arc::new(HostPage::create().unwrap());
     let owner = server(&dir, "owner", &host, Store::new());
-    claim(&owner.server);
+    claim(&owner);
     (dir, host, owner)
 }
 
@@ -140,7 +140,7 @@ fn what_the_owner_has_is_prepared_as_it_comes_and_goes_and_then_served() {
     for session in owner.server.sessions() {
         session.volume.volume.relinquish();
     }
-    claim(&heir.server);
+    claim(&heir);
     let prepared = preparation.take();
     assert_eq!(prepared.keys().collect::<Vec<_>>(), [&a]);
     let served = Resumption::reserve(&heir.server, prepared, &[]).run();
@@ -183,7 +183,7 @@ fn a_round_that_comes_after_the_claim_does_nothing() {
     let heir = server(&dir, "heir", &host, copy(&owner.server));
     let preparation = Preparation::new(heir.server.clone());
     preparation.update();
-    claim(&heir.server);
+    claim(&heir);
     let prepared = preparation.take();
     Resumption::reserve(&heir.server, prepared, &[]).run();
     // Whatever looks at a session or a record now shows by this.
@@ -269,7 +269,7 @@ fn sessions_whose_storage_waits_hold_up_no_other() {
             file
         })
         .collect();
-    claim(&heir.server);
+    claim(&heir);
     let resumption = Resumption::reserve(&heir.server, preparation.take(), &[]);
     let begin = Instant::now();
     let server = heir.server.clone();

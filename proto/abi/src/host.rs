@@ -31,21 +31,32 @@ struct HostLayout {
     death_generation: AtomicU32,
     /// [`DeathCause`].
     death_cause: AtomicU32,
-    reserved1: [AtomicU64; 4],
+    /// [`NO_WORK`], [`WORK`] or [`NO_WORK_SINCE`].
+    work: AtomicU32,
+    reserved1: AtomicU32,
+    reserved2: [AtomicU64; 3],
     /// Raised by the keeper when it wants a sign of life.
     ping: AtomicU64,
     /// How many of `pongs` the present server answers.
     pong_count: AtomicU64,
     pongs: [AtomicU64; PROBES_MAX],
-    reserved2: [AtomicU64; 374],
+    reserved3: [AtomicU64; 374],
 }
 
 const _: () = {
     assert!(size_of::<HostLayout>() == 4096);
     assert!(offset_of!(HostLayout, generation) == 16);
+    assert!(offset_of!(HostLayout, work) == 32);
     assert!(offset_of!(HostLayout, ping) == 64);
     assert!(offset_of!(HostLayout, pongs) == 80);
 };
+
+/// The keeper does not look: the next to take up work wakes it.
+const NO_WORK: u32 = 0;
+/// Somebody took up work since the keeper looked.
+const WORK: u32 = 1;
+/// Nobody did.
+const NO_WORK_SINCE: u32 = 2;
 
 /// How a server ended. Only some causes count against the requests it was serving.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,6 +90,17 @@ impl DeathCause {
     pub fn counts_against_requests(self) -> bool {
         matches!(self, DeathCause::Crash | DeathCause::Watchdog)
     }
+}
+
+/// What the keeper sees of a server's work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// None for long: the next will wake the keeper.
+    None,
+    /// Some was taken up since the last look.
+    Some,
+    /// None was.
+    NoneSince,
 }
 
 /// The mapped host page.
@@ -165,6 +187,31 @@ impl HostPage {
         self.layout().pong_count.store(count.min(PROBES_MAX) as u64, Release);
     }
 
+    /// Server: a thread takes up work, or has some in hand when it answers a ping; true if the keeper
+    /// is to be woken. Costs a load, but for the first time after the keeper looked.
+    pub fn take_up_work(&self) -> bool {
+        // Whoever answered a ping has seen what the keeper wrote before it, so that an old value
+        // hides no work that came after.
+        let word = &self.layout().work;
+        word.load(Relaxed) != WORK && word.swap(WORK, AcqRel) == NO_WORK
+    }
+
+    /// Keeper: whether it is to look after the server at all. Followed by a ping.
+    pub fn look_at_work(&self) -> Work {
+        let word = &self.layout().work;
+        match word.compare_exchange(WORK, NO_WORK_SINCE, AcqRel, Acquire) {
+            Ok(_) => Work::Some,
+            Err(NO_WORK) => Work::None,
+            Err(_) => Work::NoneSince,
+        }
+    }
+
+    /// Keeper: nothing more is to be looked after, if nobody has taken up work by now.
+    pub fn look_away(&self) {
+        let word = &self.layout().work;
+        let _somebody_did = word.compare_exchange(NO_WORK_SINCE, NO_WORK, AcqRel, Acquire);
+    }
+
     /// Server: thread `probe` is alive.
     pub fn pong(&self, probe: usize) {
         if let Some(pong) = self.layout().pongs.get(probe) {
@@ -204,6 +251,24 @@ mod tests {
         let second = page.claim(first).unwrap();
         assert_eq!(page.death_of(first), DeathCause::Crash);
         assert_eq!(page.death_of(second), DeathCause::Unknown);
+    }
+
+    #[test]
+    fn work_wakes_the_keeper_once_until_it_looks_away() {
+        let page = HostPage::create().unwrap();
+        assert_eq!(page.look_at_work(), Work::None);
+        assert!(page.take_up_work(), "nobody looks");
+        assert!(!page.take_up_work());
+        assert_eq!(page.look_at_work(), Work::Some);
+        assert!(!page.take_up_work(), "it looks already");
+        assert_eq!(page.look_at_work(), Work::Some);
+        assert_eq!(page.look_at_work(), Work::NoneSince);
+        assert!(!page.take_up_work());
+        page.look_away();
+        assert_eq!(page.look_at_work(), Work::Some, "it was taken up before the look away");
+        page.look_away();
+        assert_eq!(page.look_at_work(), Work::None);
+        assert!(page.take_up_work());
     }
 
     #[test]

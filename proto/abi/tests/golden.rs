@@ -13,7 +13,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use nebd_abi::control::{AttachFlags, Event, Message, VolumeInfo};
-use nebd_abi::host::{DeathCause, HostPage};
+use nebd_abi::host::{DeathCause, HostPage, Work};
 use nebd_abi::layout::{Geometry, LayoutVersion, RegionParams, SessionId};
 use nebd_abi::region::{Region, SharedMemory};
 use nebd_abi::ring::{Buffer, ClientReap, ClientSubmit, ServerQueue, Submission};
@@ -274,7 +274,7 @@ const HEADER_AND_LEAST: usize = nebd_abi::control::HEADER_BYTES;
 #[rustfmt::skip]
 const HOST_PAGE: &[(usize, &str)] = &[
     (8, "magic"), (4, "version"), (4, "reserved0"), (4, "generation"), (4, "owner_pid"),
-    (4, "death_generation"), (4, "death_cause"), (32, "reserved1"),
+    (4, "death_generation"), (4, "death_cause"), (4, "work"), (28, "reserved1"),
     (8, "ping"), (8, "pong_count"), (8, "pongs[0]"), (8, "pongs[1]"), (1008, "pongs[2..128]"),
     (0, "reserved2"),
 ];
@@ -288,6 +288,7 @@ fn host_page() {
     page.announce_probes(2);
     page.ping();
     page.pong(0);
+    page.take_up_work();
     let raw = SharedMemory::map(page.fd().try_clone_to_owned().unwrap(), 4096).unwrap();
     // The owner is this process, whose id is another each time.
     let pid = std::process::id().to_le_bytes();
@@ -295,7 +296,7 @@ fn host_page() {
     assert_eq!(bytes[20..24], pid);
     bytes[20..24].copy_from_slice(&0x0506_0708u32.to_le_bytes());
     let title = "Host page, version 1: generation 2 owns, 1 was killed by the watchdog, one of two \
-                 probes has answered";
+                 probes has answered, and there is work";
     let stored = golden("host_page", &text::render(title, &bytes, HOST_PAGE));
 
     let other = SharedMemory::create("golden", 4096).unwrap();
@@ -304,4 +305,5 @@ fn host_page() {
     assert_eq!((page.generation(), page.owner_pid()), (Generation(2), 0x0506_0708));
     assert_eq!(page.death_of(first), DeathCause::Watchdog);
     assert_eq!(page.silent_probes(1), Some(1));
+    assert_eq!(page.look_at_work(), Work::Some);
 }

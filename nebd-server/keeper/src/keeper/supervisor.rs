@@ -27,7 +27,7 @@ use super::sockets::Sockets;
 use super::store::Store;
 use super::stream::Stream;
 use super::succession::{Candidate, Retired, Vacancy};
-use super::watch::{Verdict, Watch};
+use super::watch::{Look, Verdict, Watch};
 use crate::notify::Notifier;
 use crate::sys;
 
@@ -215,6 +215,26 @@ impl Supervisor {
             Verdict::PingAgain => self.on_doubt(now),
             Verdict::Hung => self.kill_hung(),
         }
+        self.look_after_work(now);
+    }
+
+    /// A server at work is asked for signs of life; one without is left to sleep.
+    fn look_after_work(&mut self, now: Instant) {
+        if !self.is_watched() {
+            return;
+        }
+        match self.watch.look(|| self.page.look_at_work()) {
+            Look::Later => {}
+            Look::Ping { at_rest } => {
+                self.ping(now);
+                self.watch.set_at_rest(at_rest);
+            }
+            Look::Away => self.page.look_away(),
+        }
+    }
+
+    fn is_watched(&self) -> bool {
+        self.serving.as_ref().is_some_and(|s| s.ready && !s.process.by_watchdog)
     }
 
     pub(super) fn kill_hung(&mut self) {
@@ -227,13 +247,16 @@ impl Supervisor {
 
     /// A knock at the socket, or a stop: does the server live?
     fn on_doubt(&mut self, now: Instant) {
-        let watched = self.serving.as_ref().is_some_and(|s| s.ready && !s.process.by_watchdog);
-        if watched && self.watch.knock() {
-            let ping = self.page.ping();
-            // A full counter has not been read for long; the silence will show.
-            let _full = rustix::io::write(&self.probe, &1_u64.to_ne_bytes());
-            self.watch.pinged(ping, now);
+        if self.is_watched() && self.watch.knock() {
+            self.ping(now);
         }
+    }
+
+    fn ping(&mut self, now: Instant) {
+        let ping = self.page.ping();
+        // A full counter has not been read for long; the silence will show.
+        let _full = rustix::io::write(&self.probe, &1_u64.to_ne_bytes());
+        self.watch.pinged(ping, now);
     }
 
     fn on_signals(&mut self, now: Instant) {

@@ -1,13 +1,19 @@
 //! Whether the server hangs: decided here, without a clock of its own.
 //!
 //! ```text
-//!             knock, stop                    deadline, all answered
-//!   quiet ─────────────────► pinged ─────────────────────────────────► quiet (or pinged, if it
-//!     no timer               one timer ──► deadline, somebody silent   was asked for meanwhile)
-//!                                          or stopped: kill
+//!             knock, stop, work              deadline, all answered
+//!   quiet ─────────────────► pinged ─────────────────────────────────► quiet (or pinged, if it was
+//!     no timer               one timer ──► deadline, somebody silent   asked for meanwhile, or there
+//!                                          or stopped: kill            was work when it was sent)
 //! ```
+//!
+//! A server at work is pinged all the time, since hypervisors do not knock. Once all have answered a
+//! ping that was sent when nobody had taken up work since the ping before, there is none: who has
+//! some in hand says so with the answer.
 
 use std::time::{Duration, Instant};
+
+use nebd_abi::host::Work;
 
 /// What a deadline that has passed means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,18 +26,34 @@ pub(crate) enum Verdict {
     Hung,
 }
 
+/// What is to be done about a server's work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Look {
+    /// Nothing now.
+    Later,
+    /// A ping is to be sent.
+    Ping {
+        /// Nobody has taken up work for a while.
+        at_rest: bool,
+    },
+    /// There is no work: the keeper may sleep until there is.
+    Away,
+}
+
 /// The watch over one server.
 #[derive(Debug)]
 pub(crate) struct Watch {
     timeout: Duration,
     pinged: Option<(u64, Instant)>,
+    /// The last ping was sent while there was no work.
+    at_rest: bool,
     doubt: bool,
     stopped: bool,
 }
 
 impl Watch {
     pub(crate) fn new(timeout: Duration) -> Watch {
-        Watch { timeout, pinged: None, doubt: false, stopped: false }
+        Watch { timeout, pinged: None, at_rest: false, doubt: false, stopped: false }
     }
 
     /// There is reason for doubt; true if a ping is to be sent now.
@@ -48,7 +70,26 @@ impl Watch {
     /// `ping` was sent.
     pub(crate) fn pinged(&mut self, ping: u64, now: Instant) {
         self.pinged = Some((ping, now + self.timeout));
+        self.at_rest = false;
         self.doubt = false;
+    }
+
+    /// What to do about the server's work, at any time.
+    pub(crate) fn look(&self, work: impl FnOnce() -> Work) -> Look {
+        if self.pinged.is_some() {
+            return Look::Later;
+        }
+        match work() {
+            Work::None => Look::Later,
+            Work::NoneSince if self.at_rest => Look::Away,
+            Work::NoneSince => Look::Ping { at_rest: true },
+            Work::Some => Look::Ping { at_rest: false },
+        }
+    }
+
+    /// The ping that was sent just now followed such a look.
+    pub(crate) fn set_at_rest(&mut self, at_rest: bool) {
+        self.at_rest = at_rest;
     }
 
     /// When [`expire`](Self::expire) has something to say.
@@ -100,6 +141,29 @@ mod tests {
         watch.pinged(2, start + TIMEOUT);
         assert_eq!(watch.expire(start + 2 * TIMEOUT, |_| Some(0)), Verdict::Fine);
         assert_eq!(watch.deadline(), None);
+    }
+
+    #[test]
+    fn a_server_at_work_is_pinged_until_it_has_rested() {
+        let (mut watch, start) = (Watch::new(TIMEOUT), Instant::now());
+        assert_eq!(watch.look(|| Work::None), Look::Later);
+        for (turn, work, look) in [
+            (0, Work::Some, Look::Ping { at_rest: false }),
+            (1, Work::Some, Look::Ping { at_rest: false }),
+            (2, Work::NoneSince, Look::Ping { at_rest: true }),
+            // Work again, before that was sure.
+            (3, Work::Some, Look::Ping { at_rest: false }),
+            (4, Work::NoneSince, Look::Ping { at_rest: true }),
+        ] {
+            assert_eq!(watch.look(|| work), look);
+            let Look::Ping { at_rest } = look else { unreachable!() };
+            watch.pinged(turn, start + TIMEOUT * turn as u32);
+            watch.set_at_rest(at_rest);
+            assert_eq!(watch.look(|| work), Look::Later, "an answer is awaited");
+            let over = start + TIMEOUT * (turn + 1) as u32;
+            assert_eq!(watch.expire(over, |_| Some(0)), Verdict::Fine);
+        }
+        assert_eq!(watch.look(|| Work::NoneSince), Look::Away);
     }
 
     #[test]
