@@ -30,6 +30,7 @@ use crate::session::Session;
 use crate::shard::{Command, ShardEvent};
 use crate::vhost::Hypervisors;
 use closer::Closer;
+pub(crate) use closer::closes_at_once;
 use connection::Connection;
 pub use notice::{Notice, NoticeSink, doorbell};
 

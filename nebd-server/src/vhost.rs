@@ -16,8 +16,10 @@ mod kept;
 mod stored;
 
 use std::collections::HashMap;
+use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use nebd_abi::VolumeName;
 use nebd_abi::control::AttachFlags;
@@ -53,7 +55,7 @@ struct Busy {
     session: SessionId,
     next: Option<(Arc<Attachment>, OwnedFd)>,
     /// Until the session is drained.
-    _connected: Connected,
+    connected: Connected,
 }
 
 impl Control {
@@ -92,7 +94,7 @@ impl Control {
     ) {
         let Some(connected) = attachment.connect() else { return };
         let next = Some((attachment.clone(), socket));
-        let busy = Busy { session, next, _connected: connected };
+        let busy = Busy { session, next, connected };
         self.hypervisors.busy.insert(attachment.volume.clone(), busy);
     }
 
@@ -101,20 +103,18 @@ impl Control {
         let Some(connected) = attachment.connect() else { return };
         let request = match request_of(attachment, socket, self.server.guest_memory) {
             Ok(request) => request,
-            Err(error) => {
-                tracing::warn!(%volume, %error, "a hypervisor cannot attach");
-                return;
-            }
+            Err(error) => return refuse(attachment, &error),
         };
         let session = request.region.params().session;
-        let busy = Busy { session, next: None, _connected: connected };
+        let busy = Busy { session, next: None, connected };
         self.hypervisors.busy.insert(volume.clone(), busy);
         let server = self.server.clone();
         let pass = server.gate.enter(format!("an attach of {volume}"));
+        let attachment = attachment.clone();
         self.server.jobs.spawn(move || {
             let _pass = pass;
             if let Err(error) = server.attach(request) {
-                tracing::warn!(%volume, %error, "a hypervisor cannot attach");
+                refuse(&attachment, &error);
                 server.notices.send(crate::control::Notice::Ended(session));
             }
         });
@@ -164,7 +164,7 @@ impl Control {
         let Some(connected) = connected.filter(|_| session.ledger.is_inherited()) else {
             return false;
         };
-        let busy = Busy { session: session.id, next: None, _connected: connected };
+        let busy = Busy { session: session.id, next: None, connected };
         self.hypervisors.busy.insert(volume.clone(), busy);
         true
     }
@@ -208,9 +208,15 @@ impl Control {
     fn dismiss(&mut self, key: u64, breach: &Breach) {
         let Some(hypervisor) = self.hypervisors.by_key.remove(&key) else { return };
         let id = hypervisor.session_id();
-        match breach {
-            Breach::HungUp => tracing::info!(session = %id, "a hypervisor has hung up"),
-            _ => tracing::warn!(session = %id, %breach, "a hypervisor is disconnected"),
+        let busy = self.hypervisors.busy.values().find(|busy| busy.session == id);
+        let attachment = busy.map(|busy| busy.connected.attachment());
+        match (breach, attachment) {
+            (Breach::HungUp, attachment) => {
+                attachment.inspect(|attachment| attachment.forget_refusal());
+                tracing::info!(session = %id, "a hypervisor has hung up");
+            }
+            (_, Some(attachment)) => refuse(attachment, breach),
+            (_, None) => tracing::warn!(session = %id, %breach, "a hypervisor is disconnected"),
         }
         self.hypervisors.keys.remove(&id);
         let _ = epoll::delete(self.epoll(), hypervisor.socket().as_fd());
@@ -254,6 +260,13 @@ impl Control {
         if let Some(hypervisor) = key.and_then(|key| self.hypervisors.by_key.get_mut(key)) {
             hypervisor.resized(size);
         }
+    }
+}
+
+/// A hypervisor is turned away; said once in a while, for it may come back ten times a second.
+fn refuse(attachment: &Attachment, reason: &dyn fmt::Display) {
+    if attachment.refuse(reason.to_string(), Instant::now()) {
+        tracing::warn!(volume = %attachment.volume, %reason, "a hypervisor is turned away");
     }
 }
 

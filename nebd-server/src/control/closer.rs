@@ -50,6 +50,6 @@ impl Closer {
 }
 
 /// Memory can have seals, and nothing but memory.
-fn closes_at_once(fd: &OwnedFd) -> bool {
+pub(crate) fn closes_at_once(fd: &OwnedFd) -> bool {
     rustix::fs::fcntl_get_seals(fd).is_ok() || crate::server::is_eventfd(fd)
 }

@@ -217,7 +217,11 @@ impl Server {
         let state = self.frontends.state();
         let attachment = state.attachments.get(key);
         let problem = match attachment {
-            Some(_) => state.problems.get(&record.socket).cloned().unwrap_or_default(),
+            Some(attachment) => {
+                let unreachable = state.problems.get(&record.socket).cloned();
+                let refused = || attachment.last_refusal().filter(|_| attachment.connected() == 0);
+                unreachable.or_else(refused).unwrap_or_default()
+            }
             None => "the volume that was attached is gone".to_owned(),
         };
         admin::Attachment {

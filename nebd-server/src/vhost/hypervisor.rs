@@ -264,8 +264,7 @@ impl Hypervisor {
                 commands = self.to_running(|| VirtCommand::SetMemory(self.memory.clone()));
             }
             Action::AddMemory(spec, fd) => {
-                let charge = server.memory_quota.charge(self.uid, spec.size)?;
-                let region = MappedRegion::map(spec, fd.as_fd(), server.guest_memory)?;
+                let (region, charge) = self.map(spec, &fd, server)?;
                 let memory = self.memory.with(region)?;
                 let serial = self.keep(server, fd.as_fd())?;
                 self.charges.insert(serial, charge);
@@ -332,13 +331,12 @@ impl Hypervisor {
         message: u32,
         refusal: Refusal,
     ) -> Result<(), Breach> {
-        tracing::warn!(session = %self.id, message, %refusal, "a hypervisor's message is refused");
         let told = self.device.acknowledgement(&envelope.message, envelope.need_reply, false);
-        match told {
-            Some(reply) => self.finish(envelope, Some((reply, None)), server),
-            None if refusal.is_fatal() => Err(Breach::Refused { message, refusal }),
-            None => self.finish(envelope, None, server),
+        if told.is_none() && refusal.is_fatal() {
+            return Err(Breach::Refused { message, refusal });
         }
+        tracing::warn!(session = %self.id, message, %refusal, "a hypervisor's message is refused");
+        self.finish(envelope, told.map(|reply| (reply, None)), server)
     }
 
     fn state(&self) -> Vec<u8> {
@@ -353,6 +351,17 @@ impl Hypervisor {
         Ok(serial)
     }
 
+    /// Maps a piece of the guest's memory, which counts towards its user's quota.
+    fn map(
+        &self,
+        spec: RegionSpec,
+        fd: &OwnedFd,
+        server: &Server,
+    ) -> Result<(Arc<MappedRegion>, Charge), Breach> {
+        let charge = server.memory_quota.charge(self.uid, spec.size)?;
+        Ok((MappedRegion::map(spec, fd.as_fd(), server.guest_memory)?, charge))
+    }
+
     fn set_memory(
         &mut self,
         regions: Vec<(RegionSpec, OwnedFd)>,
@@ -362,8 +371,7 @@ impl Hypervisor {
         self.charges.clear();
         let mut mapped = Vec::with_capacity(regions.len());
         for (spec, fd) in &regions {
-            let charge = server.memory_quota.charge(self.uid, spec.size)?;
-            mapped.push((MappedRegion::map(*spec, fd.as_fd(), server.guest_memory)?, charge));
+            mapped.push(self.map(*spec, fd, server)?);
         }
         let memory = GuestMemory::new(mapped.iter().map(|(region, _)| region.clone()).collect())?;
         let mut kept = Vec::with_capacity(mapped.len());
@@ -598,10 +606,8 @@ impl Hypervisor {
     pub(super) fn forget_unnamed(&mut self, server: &Server) {
         let kept = &self.kept;
         self.charges.retain(|serial, _| kept.names(*serial));
-        let prefix = Session::store_name(self.id, "v");
-        for name in server.store.names(&prefix) {
-            let serial = Kept::serial_of(&name[prefix.len() - 1..]);
-            if serial.is_some_and(|serial| !self.kept.names(serial))
+        for (serial, name) in super::stored::kept_names(&*server.store, self.id) {
+            if !self.kept.names(serial)
                 && let Err(error) = server.store.remove(&name)
             {
                 tracing::warn!(name, %error, "cannot remove a stored descriptor");
@@ -640,9 +646,8 @@ impl Hypervisor {
     }
 }
 
-/// Memory can have seals, and nothing but memory; a Unix socket has no storage behind it.
+/// A Unix socket has no storage behind it, either.
 fn closes_at_once(fd: &OwnedFd) -> bool {
-    rustix::fs::fcntl_get_seals(fd).is_ok()
-        || crate::server::is_eventfd(fd)
+    crate::control::closes_at_once(fd)
         || rustix::net::sockopt::socket_domain(fd) == Ok(AddressFamily::UNIX)
 }

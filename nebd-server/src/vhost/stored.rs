@@ -96,14 +96,9 @@ impl Stored {
             return Ok(None);
         };
         let journal = Journal::map(journal)?;
-        let mut kept = BTreeMap::new();
-        let prefix = name("v");
-        for name in store.names(&prefix) {
-            let serial = Kept::serial_of(&name[prefix.len() - 1..]);
-            if let (Some(serial), Some(fd)) = (serial, store.fetch(&name)) {
-                kept.insert(serial, fd);
-            }
-        }
+        let kept = kept_names(store, id)
+            .filter_map(|(serial, name)| Some((serial, store.fetch(&name)?)))
+            .collect();
         let mut stored = Stored { socket, journal, kept, mapped: BTreeMap::new(), backing };
         let state = stored.journal.state().unwrap_or_default();
         for (spec, serial) in Kept::decode(&state, rings).map_or(vec![], |(kept, _)| kept.regions) {
@@ -186,6 +181,19 @@ impl Stored {
         }
         Ok((hypervisor, fronts))
     }
+}
+
+/// What the store has of the descriptors that came over a session's connection.
+pub(super) fn kept_names(
+    store: &dyn FdStore,
+    id: SessionId,
+) -> impl Iterator<Item = (Serial, String)> {
+    let prefix = Session::store_name(id, "v");
+    let serial_at = prefix.len() - 1;
+    store
+        .names(&prefix)
+        .into_iter()
+        .filter_map(move |name| Some((Kept::serial_of(&name[serial_at..])?, name)))
 }
 
 /// A volume as a guest's disk.
