@@ -11,6 +11,7 @@ mod guests;
 mod hypervisors;
 mod install;
 mod install_rbd;
+mod release;
 mod systemd;
 mod tidy;
 
@@ -28,6 +29,8 @@ enum Chore {
     Ci(ci::CiArgs),
     /// The rules that no compiler checks.
     Tidy,
+    /// Keeps the golden files as they are released with this version.
+    Freeze,
     /// Build the server and `nebdctl`, and run `nebdctl demo` with the given arguments.
     Demo(demo::DemoArgs),
     /// Install the library with its header and pkg-config file, and the programs.
@@ -58,6 +61,7 @@ fn run(chore: Chore) -> Result<()> {
     match chore {
         Chore::Ci(args) => ci::run(&args),
         Chore::Tidy => tidy::run(&repo_root()),
+        Chore::Freeze => release::freeze(&repo_root(), env!("CARGO_PKG_VERSION")),
         Chore::Demo(args) => demo::run(&args),
         Chore::Install(args) => install::run(&args).map(|_| ()),
         Chore::CExample(args) => c_example::run(&args),

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use crate::release;
+
 /// Longest source file in lines; design asks for about 500.
 const LINES_MAX: usize = 700;
 /// Directories that hold nothing written by people.
@@ -29,10 +31,10 @@ const LEFTOVERS: [&str; 6] = [
 const WORKPLACE: &str = concat!("/wo", "rk/");
 
 /// A file of the tree that is text.
-struct Source {
+pub(crate) struct Source {
     /// From the root, with slashes.
-    path: String,
-    text: String,
+    pub(crate) path: String,
+    pub(crate) text: String,
 }
 
 impl Source {
@@ -70,10 +72,11 @@ fn problems(root: &Path, sources: &[Source]) -> Vec<String> {
     }
     check_unsafe(sources, &mut problems);
     check_top_level(root, &mut problems);
+    problems.extend(release::problems(sources));
     problems
 }
 
-fn collect(root: &Path) -> Result<Vec<Source>> {
+pub(crate) fn collect(root: &Path) -> Result<Vec<Source>> {
     let mut sources = Vec::new();
     let mut directories = vec![root.to_path_buf()];
     while let Some(directory) = directories.pop() {
