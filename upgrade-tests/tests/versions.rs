@@ -68,11 +68,9 @@ fn build_base() -> Option<Base> {
         .status();
     assert!(unpacked.unwrap().success());
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    // Crates that both versions use are built already, where this one was built.
-    let shared = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
-    // One invocation: what the two programs have in common is built once.
+    // One invocation: what the two have in common is built once. In a directory of its own: cargo takes
+    // crates of two checkouts for the same, and the older files for built already.
     let built = Command::new(cargo)
-        .env("CARGO_BUILD_BUILD_DIR", shared)
         .current_dir(scratch.join("source"))
         .args(["build", "--locked", "--features", "nebd-server/test-hooks"])
         .args(["-p", "nebd-server", "--bin", "nebd-server"])
