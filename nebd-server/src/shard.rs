@@ -378,12 +378,19 @@ impl Shard {
         }
         self.active.clear();
         self.publish();
+        frozen.kept_commands.into_iter().for_each(|command| self.obey(command));
         for key in 0..self.queues.len() {
             self.activate(key);
         }
     }
 
     fn obey(&mut self, command: Command) {
+        // Rings may be a successor's by now.
+        let due = match &mut self.frozen {
+            Some(frozen) => frozen.keep(command),
+            None => Some(command),
+        };
+        let Some(command) = due else { return };
         match command {
             Command::Serve(setup) => self.add(*setup),
             Command::Suspect { session, queue, request } => {
