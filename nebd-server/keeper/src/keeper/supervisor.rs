@@ -225,10 +225,7 @@ impl Supervisor {
         }
         match self.watch.look(|| self.page.look_at_work()) {
             Look::Later => {}
-            Look::Ping { at_rest } => {
-                self.ping(now);
-                self.watch.set_at_rest(at_rest);
-            }
+            Look::Ping { at_rest } => self.ping(now, at_rest),
             Look::Away => self.page.look_away(),
         }
     }
@@ -248,15 +245,15 @@ impl Supervisor {
     /// A knock at the socket, or a stop: does the server live?
     fn on_doubt(&mut self, now: Instant) {
         if self.is_watched() && self.watch.knock() {
-            self.ping(now);
+            self.ping(now, false);
         }
     }
 
-    fn ping(&mut self, now: Instant) {
+    fn ping(&mut self, now: Instant, at_rest: bool) {
         let ping = self.page.ping();
         // A full counter has not been read for long; the silence will show.
         let _full = rustix::io::write(&self.probe, &1_u64.to_ne_bytes());
-        self.watch.pinged(ping, now);
+        self.watch.pinged(ping, now, at_rest);
     }
 
     fn on_signals(&mut self, now: Instant) {

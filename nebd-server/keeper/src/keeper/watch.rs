@@ -67,10 +67,10 @@ impl Watch {
         self.stopped = stopped;
     }
 
-    /// `ping` was sent.
-    pub(crate) fn pinged(&mut self, ping: u64, now: Instant) {
+    /// `ping` was sent, after a [look](Self::look) that said so, `at_rest`.
+    pub(crate) fn pinged(&mut self, ping: u64, now: Instant, at_rest: bool) {
         self.pinged = Some((ping, now + self.timeout));
-        self.at_rest = false;
+        self.at_rest = at_rest;
         self.doubt = false;
     }
 
@@ -85,11 +85,6 @@ impl Watch {
             Work::NoneSince => Look::Ping { at_rest: true },
             Work::Some => Look::Ping { at_rest: false },
         }
-    }
-
-    /// The ping that was sent just now followed such a look.
-    pub(crate) fn set_at_rest(&mut self, at_rest: bool) {
-        self.at_rest = at_rest;
     }
 
     /// When [`expire`](Self::expire) has something to say.
@@ -126,7 +121,7 @@ mod tests {
         let (mut watch, start) = (Watch::new(TIMEOUT), Instant::now());
         assert_eq!(watch.deadline(), None);
         assert!(watch.knock());
-        watch.pinged(7, start);
+        watch.pinged(7, start, false);
         assert_eq!(watch.expire(start + TIMEOUT / 2, |_| Some(1)), Verdict::Fine);
         assert_eq!(watch.expire(start + TIMEOUT, |ping| Some((ping == 7) as usize)), Verdict::Hung);
     }
@@ -135,10 +130,10 @@ mod tests {
     fn a_knock_while_pinged_pings_again_later() {
         let (mut watch, start) = (Watch::new(TIMEOUT), Instant::now());
         assert!(watch.knock());
-        watch.pinged(1, start);
+        watch.pinged(1, start, false);
         assert!(!watch.knock());
         assert_eq!(watch.expire(start + TIMEOUT, |_| Some(0)), Verdict::PingAgain);
-        watch.pinged(2, start + TIMEOUT);
+        watch.pinged(2, start + TIMEOUT, false);
         assert_eq!(watch.expire(start + 2 * TIMEOUT, |_| Some(0)), Verdict::Fine);
         assert_eq!(watch.deadline(), None);
     }
@@ -157,8 +152,7 @@ mod tests {
         ] {
             assert_eq!(watch.look(|| work), look);
             let Look::Ping { at_rest } = look else { unreachable!() };
-            watch.pinged(turn, start + TIMEOUT * turn as u32);
-            watch.set_at_rest(at_rest);
+            watch.pinged(turn, start + TIMEOUT * turn as u32, at_rest);
             assert_eq!(watch.look(|| work), Look::Later, "an answer is awaited");
             let over = start + TIMEOUT * (turn + 1) as u32;
             assert_eq!(watch.expire(over, |_| Some(0)), Verdict::Fine);
@@ -169,10 +163,10 @@ mod tests {
     #[test]
     fn a_starting_server_is_silent_but_a_stopped_one_hangs() {
         let (mut watch, start) = (Watch::new(TIMEOUT), Instant::now());
-        watch.pinged(1, start);
+        watch.pinged(1, start, false);
         assert_eq!(watch.expire(start + TIMEOUT, |_| None), Verdict::Fine);
         watch.set_stopped(true);
-        watch.pinged(2, start);
+        watch.pinged(2, start, false);
         assert_eq!(watch.expire(start + TIMEOUT, |_| None), Verdict::Hung);
     }
 }
