@@ -1,5 +1,7 @@
 //! What the tests against a real server share.
 
+#![allow(dead_code, reason = "each test binary uses its own part of this")]
+
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -52,13 +54,11 @@ pub fn build(package: &str, arguments: &[&str]) -> PathBuf {
 }
 
 /// A campaign's configuration for these tests.
-#[allow(dead_code)]
 pub fn config(backend: &str, sessions: usize, kills: usize) -> CampaignConfig {
     CampaignConfig { sessions, kills, ..CampaignConfig::new(programs(), backend) }
 }
 
 /// Nothing was wrong, enough kills met enough writes in flight, and something was done at all.
-#[allow(dead_code)]
 pub fn assert_clean(summary: &Summary, kills: usize) {
     assert_unharmed(summary, kills);
     assert!(summary.kills_counted >= kills, "{summary}");
@@ -67,7 +67,6 @@ pub fn assert_clean(summary: &Summary, kills: usize) {
 
 /// The same of a campaign whose test deals every blow itself: on a busy machine a blow may meet few
 /// writes, and `Campaign::kill` does not deal another in its place.
-#[allow(dead_code)]
 pub fn assert_unharmed(summary: &Summary, kills: usize) {
     assert!(summary.is_clean(), "{summary}");
     assert!(summary.kills >= kills, "{summary}");
@@ -77,7 +76,6 @@ pub fn assert_unharmed(summary: &Summary, kills: usize) {
 
 /// A program that is another copy of the server, `name`, with this in its environment: whoever starts
 /// it has it not, and whoever it starts has it, too.
-#[allow(dead_code)]
 pub fn server_with(directory: &Path, name: &str, environment: &[(&str, &str)]) -> Program {
     let copy = directory.join(name);
     std::fs::copy(programs().server, &copy).expect("the server can be copied");
@@ -92,7 +90,6 @@ pub fn server_with(directory: &Path, name: &str, environment: &[(&str, &str)]) -
 }
 
 /// A program that starts another in its own place.
-#[allow(dead_code)]
 pub struct Program {
     /// What is started.
     pub started_as: PathBuf,
@@ -101,13 +98,11 @@ pub struct Program {
 }
 
 /// The executable of a process.
-#[allow(dead_code)]
 pub fn executable(pid: i32) -> PathBuf {
     std::fs::read_link(format!("/proc/{pid}/exe")).expect("the process lives")
 }
 
 /// Starts a planned takeover by this program.
-#[allow(dead_code)]
 pub fn upgrade(campaign: &Campaign, binary: &Path, probation: Duration) {
     let operation = format!("{:?}", Instant::now());
     let admin = campaign.host().admin().unwrap();
@@ -115,7 +110,6 @@ pub fn upgrade(campaign: &Campaign, binary: &Path, probation: Duration) {
 }
 
 /// Waits until the report of the last takeover says that it is in one of these states.
-#[allow(dead_code)]
 pub fn until(campaign: &Campaign, states: &[UpgradeState]) -> Upgrade {
     let admin = campaign.host().admin().unwrap();
     let deadline = Instant::now() + Duration::from_secs(60);
@@ -130,7 +124,6 @@ pub fn until(campaign: &Campaign, states: &[UpgradeState]) -> Upgrade {
 }
 
 /// Waits until every volume has answered many more requests.
-#[allow(dead_code)]
 pub fn goes_on(campaign: &Campaign) {
     let gauges = campaign.load().expect("there is load").gauges();
     let count = || gauges.iter().map(|gauges| gauges.completions.load(SeqCst)).collect::<Vec<_>>();
